@@ -1,0 +1,1 @@
+"""groundup trains language models from the ground up: raw text in, a chatting model out."""

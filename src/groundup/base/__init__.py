@@ -1,0 +1,1 @@
+"""What every room stands on: errors, recipe files, artifacts, seeds, the terminal."""

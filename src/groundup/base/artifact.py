@@ -1,0 +1,294 @@
+"""Artifacts: what a stage writes is either whole and committed under its fixed name, or not there at all.
+
+A stage works in `.attempts/STAGE`; when it is done its files are hashed and synced, a manifest is written, and the
+folder is renamed to its place. A finished stage whose key (numerics of the config, hashes of the inputs, code
+version) stands is skipped; one whose key changed is moved to `.old/STAGE` until the new one is committed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from groundup.base.config import flatten
+from groundup.base.errors import ConfigError, DataError
+from groundup.base.failpoints import reach
+from groundup.base.files import read_json, sha256_of, sync_file, sync_folder, write_json
+
+MANIFEST = "MANIFEST.json"
+SUMMARY = "summary.json"
+ATTEMPT = "ATTEMPT.json"
+OUTSIDE_MANIFEST = {MANIFEST, SUMMARY, ATTEMPT, "eval.json"}
+
+
+@dataclass(frozen=True)
+class StageKey:
+    """What decides whether a finished stage still stands."""
+
+    stage: str
+    code_version: int
+    config: Mapping[str, Any]
+    """Numerics of the recipe's sections the stage reads."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hash of each input: an artifact's output hash, or a source file's SHA-256."""
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted names and values of everything in the key."""
+        values = flatten(json.loads(json.dumps(dict(self.config))))
+        values["code_version"] = self.code_version
+        values.update({f"input {name}": value for name, value in self.inputs.items()})
+        return values
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a committed artifact: its key, and size and SHA-256 of each file."""
+
+    stage: str
+    code_version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def key(self) -> StageKey:
+        return StageKey(self.stage, self.code_version, self.config, self.inputs)
+
+    @property
+    def output_hash(self) -> str:
+        """Hash over names and contents of all files: two artifacts with equal files have equal hashes."""
+        lines = "".join(f"{name}\0{entry['sha256']}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a committed artifact, None where there is none."""
+    path = folder / MANIFEST
+    return Manifest(**read_json(path)) if path.exists() else None
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with its SHA-256. Raises DataError that names the first one that differs."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError("E-ARTIFACT-MISSING", what=f"{name} is missing", where=folder, next=_redo(folder))
+        if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+            raise DataError(
+                "E-SHARD-HASH",
+                what=f"{name} is not what was written (SHA-256 differs)",
+                where=folder,
+                next=_redo(folder),
+            )
+
+
+def _redo(folder: Path) -> str:
+    return f"remove {folder} and run the same command again: it is made anew"
+
+
+def differences(old: StageKey, new: StageKey) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ, with (old, new); a name that is absent counts as None."""
+    before, after = old.flat(), new.flat()
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
+
+
+@dataclass(frozen=True)
+class ChangePolicy:
+    """What to do with an unfinished stage whose key changed."""
+
+    allow_change: Sequence[str] = ()
+    """Dotted names that may differ; the stage goes on from where it was."""
+    restart: bool = False
+    """Begin the stage again."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A stage at work: the folder it writes into, and whether something of an earlier try stands there."""
+
+    key: StageKey
+    folder: Path
+    target: Path
+    is_continued: bool
+
+
+class RunFolder:
+    """A run's folder: begins, skips, commits and recovers the stages in it."""
+
+    SENTINEL = ".groundup-run"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(
+                "E-OUT-FOREIGN", what="the run's folder is a file", where=path, next="choose another name"
+            )
+        if path.is_dir() and not (path / self.SENTINEL).exists() and any(path.iterdir()):
+            raise ConfigError(
+                "E-OUT-FOREIGN",
+                what="the folder is not empty and not a run of groundup",
+                where=path,
+                next="choose another name or remove the folder",
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / self.SENTINEL).touch()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the lock of a dead process is free. Raises DataError if another holds it."""
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise DataError(
+                    "E-LOCKED",
+                    what=f"another process works on this run ({file.read().strip()})",
+                    where=self.path,
+                    next="wait for it or choose another run",
+                ) from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} host {os.uname().nodename}")
+            file.flush()
+            self._recover()
+            yield
+
+    def stage_folder(self, stage: str) -> Path:
+        """Where a stage's files are now: committed, or else at work."""
+        committed = self.path / stage
+        return committed if committed.exists() else self.path / ".attempts" / stage
+
+    def committed(self, folder: str) -> Manifest:
+        """Manifest of a committed artifact that another stage needs. Raises DataError if it is not there."""
+        manifest = read_manifest(self.path / folder)
+        if manifest is None:
+            raise DataError(
+                "E-STAGE-NONE",
+                what=f"{folder}/ is not there yet",
+                where=self.path,
+                next="run the stages before this one first (`groundup run RECIPE` runs all of them)",
+            )
+        return manifest
+
+    def begin(
+        self, key: StageKey, policy: ChangePolicy, *, folder: str | None = None, resumable: bool = False
+    ) -> Attempt | None:
+        """An attempt to work in, or None if the finished stage stands.
+
+        A resumable stage that was left unfinished goes on in its folder; if its key changed since, ConfigError is
+        raised unless the policy allows it. Other stages begin again.
+        """
+        target = self.path / (folder or key.stage)
+        attempt = Attempt(key, self.path / ".attempts" / key.stage, target, is_continued=False)
+        manifest = read_manifest(target)
+        if manifest is not None and not policy.restart and not differences(manifest.key, key):
+            for name, entry in manifest.files.items():
+                if not (target / name).is_file() or (target / name).stat().st_size != entry["bytes"]:
+                    raise DataError(
+                        "E-ARTIFACT-MISSING",
+                        what=f"{name} is missing or has another size",
+                        where=target,
+                        next=_redo(target),
+                    )
+            return None
+        if attempt.folder.exists():
+            if resumable and not policy.restart and (attempt.folder / ATTEMPT).exists():
+                self._check_changes(attempt, policy)
+                write_json(attempt.folder / ATTEMPT, asdict(key))
+                return Attempt(key, attempt.folder, target, is_continued=True)
+            shutil.rmtree(attempt.folder)
+        if target.exists():
+            old = self.path / ".old" / key.stage
+            if old.exists():
+                shutil.rmtree(old)
+            old.parent.mkdir(exist_ok=True)
+            target.rename(old)
+        attempt.folder.mkdir(parents=True)
+        write_json(attempt.folder / ATTEMPT, asdict(key))
+        return attempt
+
+    def _check_changes(self, attempt: Attempt, policy: ChangePolicy) -> None:
+        old = StageKey(**read_json(attempt.folder / ATTEMPT))
+        changed = {
+            name: values
+            for name, values in differences(old, attempt.key).items()
+            if name not in policy.allow_change and name.split(".")[-1] not in policy.allow_change
+        }
+        if changed:
+            listing = ", ".join(f"{name}: {before!r} → {after!r}" for name, (before, after) in changed.items())
+            raise ConfigError(
+                "E-STAGE-CHANGED",
+                what=f"{attempt.key.stage} is unfinished and its settings changed: {listing}",
+                where=attempt.folder,
+                next=f"go on with `--allow-change {next(iter(changed))}`, or begin again with `--restart`",
+            )
+
+    def commit(self, attempt: Attempt) -> Manifest:
+        """Hash and sync everything in the attempt, write its manifest, and give it its fixed name."""
+        (attempt.folder / ATTEMPT).unlink(missing_ok=True)
+        files: dict[str, dict[str, Any]] = {}
+        folders = {attempt.folder}
+        for path in sorted(attempt.folder.rglob("*")):
+            name = path.relative_to(attempt.folder).as_posix()
+            if path.is_dir():
+                folders.add(path)
+            else:
+                sync_file(path)
+                if name not in OUTSIDE_MANIFEST:
+                    files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in folders:
+            sync_folder(path)
+        key = attempt.key
+        manifest = Manifest(key.stage, key.code_version, dict(key.config), dict(key.inputs), files)
+        record = asdict(manifest) | {"files": files}
+        reach("artifact.before_manifest")
+        write_json(attempt.folder / MANIFEST, record)
+        reach("artifact.before_rename")
+        self._put_in_place(attempt.folder, attempt.target)
+        reach("artifact.after_rename")
+        self._remove_old(key.stage)
+        return manifest
+
+    def _put_in_place(self, folder: Path, target: Path) -> None:
+        if target.exists():  # only what `begin` of this process left there, or a half-done rename of an older one
+            shutil.rmtree(target)
+        folder.rename(target)
+        sync_folder(target.parent)
+        attempts = self.path / ".attempts"
+        if attempts.exists() and not any(attempts.iterdir()):
+            attempts.rmdir()
+
+    def _remove_old(self, stage: str) -> None:
+        old = self.path / ".old" / stage
+        if old.exists():
+            shutil.rmtree(old)
+        if old.parent.exists() and not any(old.parent.iterdir()):
+            old.parent.rmdir()
+
+    def _recover(self) -> None:
+        """Finish a commit that was cut between its manifest and its rename, and drop what a commit replaced."""
+        for folder in sorted((self.path / ".attempts").glob("*")):
+            manifest = read_manifest(folder)
+            target = self.path / ("lora/model" if folder.name == "merge" else folder.name)
+            if manifest is not None and not target.exists() and target.parent.exists():
+                self._put_in_place(folder, target)
+        for old in sorted((self.path / ".old").glob("*")):
+            if (self.path / old.name / MANIFEST).exists():
+                self._remove_old(old.name)
+
+
+def write_summary(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Add figures to a stage's summary.json; the file is replaced atomically, a second run gives the same file."""
+    path = folder / SUMMARY
+    before = read_json(path) if path.exists() else {}
+    write_json(path, before | dict(figures))

@@ -1,0 +1,37 @@
+"""Named failpoints: faults that a test injects by an environment variable; without it, nothing happens.
+
+`GROUNDUP_FAILPOINT=NAME:ACTION:NTH` makes the NTH passage (from 1) through `reach("NAME")` fail, ACTION being
+kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full) or stall (sleep for an hour).
+"""
+
+import errno
+import os
+import signal
+import time
+from collections import Counter
+
+VARIABLE = "GROUNDUP_FAILPOINT"
+_passages: Counter[str] = Counter()
+
+
+def reach(name: str) -> None:
+    """Pass the failpoint `name`; fails only where the environment asks for it."""
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return
+    wanted_name, action, nth = wanted.split(":")
+    if wanted_name != name:
+        return
+    _passages[name] += 1
+    if _passages[name] != int(nth):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "raise":
+        raise RuntimeError(f"failpoint {name}")
+    elif action == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif action == "stall":
+        time.sleep(3600)
+    else:
+        raise ValueError(f"unknown failpoint action {action!r}")

@@ -1,0 +1,81 @@
+"""Facts of the machine, read once and written into the run; nothing here is timed."""
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("groundup", "torch", "numpy", "tokenizers", "transformers", "peft", "safetensors", "rensa", "pyarrow")
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of the first CPU; empty where /proc/cpuinfo does not exist."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16, AMX or Arm's bf16)."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Physical memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is at hand, which torch.compile needs on a CPU."""
+    return any(shutil.which(name) for name in ([os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cpu_name() -> str:
+    """Model name of the first CPU, or the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def describe() -> dict[str, Any]:
+    """The record of the machine and its software that goes into a run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_name(),
+        "cores": num_cores(),
+        "memory_bytes": memory_bytes(),
+        "fast_bf16": has_fast_bf16(),
+        "compiler": has_compiler(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }

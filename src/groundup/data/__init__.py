@@ -1,0 +1,1 @@
+"""From ids to batches: the token store, packing, chat rows."""

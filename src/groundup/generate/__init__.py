@@ -1,0 +1,1 @@
+"""From a model to text: sampling and cached generation."""

@@ -1,0 +1,1 @@
+"""The model's maths, and nothing else."""

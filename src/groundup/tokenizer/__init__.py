@@ -1,0 +1,1 @@
+"""From text to ids: byte-level BPE and the encoding of chats."""
