@@ -1,7 +1,7 @@
 """Recipes: YAML with line numbers, overrides by dotted name, and errors that name file, line and nearest key."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -171,8 +171,8 @@ def validate(
     *,
     where: str,
     lines: Mapping[str, int],
-    overridden: set[str] = frozenset(),
-) -> AnyConfig:  # type: ignore[assignment]
+    overridden: Set[str] = frozenset(),
+) -> AnyConfig:
     """Values as a config object. Raises ConfigError for the first fault, with its place and the nearest known key."""
     try:
         return model.model_validate(values)
@@ -181,7 +181,7 @@ def validate(
 
 
 def _as_config_error(
-    model: type[Config], error: ValidationError, where: str, lines: Mapping[str, int], overridden: set[str]
+    model: type[Config], error: ValidationError, where: str, lines: Mapping[str, int], overridden: Set[str]
 ) -> ConfigError:
     faults = error.errors(include_url=False)
     fault = faults[0]

@@ -22,7 +22,7 @@ class FiltersConfig(Config):
     """Largest share of characters in lines that occurred before in the document (Gopher, arXiv:2112.11446)."""
     max_repeated_ngram_fraction: float | None = Field(None, ge=0, le=1)
     """Largest share of word 5-grams that occurred before in the document (Gopher, arXiv:2112.11446)."""
-    languages: list[str] = []
+    languages: tuple[str, ...] = ()
     """ISO 639-1 codes to keep, by py3langid; empty keeps all and loads no language model."""
 
 
