@@ -1,0 +1,227 @@
+"""Model directories in Hugging Face's form: written and read so that other tools load ours and we load theirs."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from groundup.base.errors import CheckpointError, ConfigError
+from groundup.base.files import write_json
+from groundup.model.causal_lm import CausalLM
+from groundup.model.config import ModelConfig
+from groundup.tokenizer.bpe import TextTokenizer
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def model_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a config's word. Raises ConfigError for one that weights are not stored in."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        raise ConfigError("E-DTYPE", what=f"unknown dtype {name!r}", next=f"use one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def config_json(
+    config: ModelConfig, *, dtype: torch.dtype, eos_token_ids: list[int], pad_token_id: int
+) -> dict[str, Any]:
+    """config.json of a model: no path, no time."""
+    return {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "initializer_range": config.initializer_range,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_ids[0],
+        "pad_token_id": pad_token_id,
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+
+
+def save_model(
+    folder: Path,
+    model: CausalLM,
+    weights: Mapping[str, Tensor],
+    tokenizer: TextTokenizer,
+    *,
+    eos_token_ids: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write config, weights and tokenizer into `folder`. `weights` are the full-precision tensors by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to(dtype).contiguous().clone()
+        for name, tensor in weights.items()
+        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pad = tokenizer.end_of_text_id
+    write_json(
+        folder / "config.json", config_json(model.config, dtype=dtype, eos_token_ids=eos_token_ids, pad_token_id=pad)
+    )
+    write_json(folder / "generation_config.json", {"eos_token_id": eos_token_ids, "pad_token_id": pad})
+    copy_tokenizer(tokenizer.folder, folder, eos_token_id=eos_token_ids[0], tokenizer=tokenizer)
+
+
+def copy_tokenizer(source: Path, folder: Path, *, eos_token_id: int, tokenizer: TextTokenizer) -> None:
+    """Copy a tokenizer directory; its config names the token that ends what the model writes."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and name != "tokenizer_config.json":
+            shutil.copyfile(source / name, folder / name)
+    config = dict(tokenizer.config)
+    config["eos_token"] = tokenizer.tokenizer.id_to_token(eos_token_id)
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """ModelConfig of a directory's config.json. Raises ConfigError for what groundup cannot compute exactly."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            "E-MODEL-NONE",
+            what="no config.json: not a model directory",
+            where=folder,
+            next="give a Hugging Face model directory or a run",
+        )
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(
+            "E-MODEL-CONFIG", what=f"config.json is not JSON: {error}", where=path, next="repair or download it again"
+        ) from None
+    model_type = values.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            "E-MODEL-TYPE",
+            what=f"{model_type=} is not one groundup computes",
+            where=path,
+            next=f"known: {', '.join(ARCHITECTURES)}",
+        )
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    refused = {
+        "rope scaling": rope_type != "default",
+        "a sliding window": bool(values.get("use_sliding_window")),
+        "attention_bias": bool(values.get("attention_bias")) and model_type != "qwen2",
+        "mlp_bias": bool(values.get("mlp_bias")),
+        f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise ConfigError(
+                "E-MODEL-FEATURE",
+                what=f"the model uses {what}, which is not computed here",
+                where=path,
+                next="choose a model without it",
+            )
+    fields = {
+        name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None and name != "model_type"
+    }
+    fields["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+    fields.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    fields.setdefault("tie_word_embeddings", False)
+    return ModelConfig(model_type=model_type, **fields)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a directory's safetensors files. Raises CheckpointError for pickles and damaged files."""
+    paths = sorted(folder.glob("*.safetensors"))
+    paths = [path for path in paths if not path.name.startswith("adapter_")]
+    if not paths:
+        pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES] if folder.is_dir() else []
+        if pickles:
+            raise CheckpointError(
+                "E-CKPT-FORMAT",
+                what=f"{pickles[0]} is a pickle, which can run code: refused",
+                where=folder,
+                next="convert it to safetensors first",
+            )
+        raise CheckpointError(
+            "E-MODEL-NONE", what="no *.safetensors files", where=folder, next="give a model directory"
+        )
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            tensors.update(load_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                "E-MODEL-DAMAGED", what=f"cannot be read: {str(error)[:120]}", where=path, next="copy or make it again"
+            ) from None
+    return tensors
+
+
+def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) -> None:
+    """Put tensors into a model; a missing, unexpected or wrongly shaped one is a CheckpointError that lists them."""
+    tensors = dict(tensors)
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    expected = {name: parameter for name, parameter in model.named_parameters()}
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            "E-KEYS",
+            what=f"missing {len(missing)}: {missing[:4]}, unexpected {len(unexpected)}: {unexpected[:4]}",
+            where=where,
+            next="the weights do not belong to this config.json",
+        )
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            tensor = tensors[name]
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    "E-SHAPE",
+                    what=f"{name} is {list(tensor.shape)}, the config says {list(parameter.shape)}",
+                    where=where,
+                    next="the weights do not belong to this config.json",
+                )
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    "E-NONFINITE",
+                    what=f"{name} holds values that are not finite",
+                    where=where,
+                    next="go back to an earlier checkpoint",
+                )
+            parameter.copy_(tensor)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The model of a directory, in `dtype`."""
+    model = CausalLM(read_model_config(folder))
+    load_weights(model, read_weights(folder), folder)
+    return model.to(dtype)
+
+
+def read_eos_ids(folder: Path, tokenizer: TextTokenizer) -> list[int]:
+    """Ids that end what the model writes."""
+    path = folder / "generation_config.json"
+    ids = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    if ids is None:
+        ids = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    return sorted({*ids, tokenizer.end_of_text_id, tokenizer.end_of_turn_id})

@@ -1,0 +1,62 @@
+"""Rows: what a training step reads. A row is named by its number alone, counted over all epochs."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from groundup.model.loss import IGNORE_INDEX
+from groundup.model.segments import Segments
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Tokens, labels and the start index of each token's document, each of the row's length."""
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Some rows as tensors."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    """What each position must predict; -100 where nothing."""
+    segments: Segments
+    num_loss_tokens: int
+    """Labels that are supervised."""
+
+    def slice(self, begin: int, end: int) -> "RowBatch":
+        """Rows `begin` to `end` of this batch."""
+        labels_BT = self.labels_BT[begin:end]
+        return RowBatch(
+            self.tokens_BT[begin:end],
+            labels_BT,
+            Segments(self.segments.starts_BT[begin:end]),
+            int((labels_BT != IGNORE_INDEX).sum()),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens_BT)
+
+
+class RowSource(Protocol):
+    """A source of rows: a pure function of the row's number."""
+
+    row_length: int
+    rows_per_epoch: int
+
+    def row(self, index: int) -> Row:
+        """Row `index`, counted over all epochs."""
+        ...
+
+    def documents_of(self, index: int) -> list[int]:
+        """Numbers of the documents that row `index` holds a part of."""
+        ...
+
+
+def read_batch(source: RowSource, first: int, count: int) -> RowBatch:
+    """Rows `first` to `first + count`; a batch may reach over the end of an epoch."""
+    rows = [source.row(index) for index in range(first, first + count)]
+    tokens, labels, starts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return RowBatch(tokens, labels, Segments(starts), int((labels != IGNORE_INDEX).sum()))

@@ -1,0 +1,125 @@
+"""Token files: flat integers, memory-mapped, with the offset of every document and a record of where it came from."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundup.base.errors import DataError
+
+Split = str
+"""`train` or `validation`."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
+
+
+class TokenWriter:
+    """Writes the documents of one split into shards of at most `max_shard_tokens` tokens."""
+
+    def __init__(
+        self, folder: Path, split: Split, *, vocab_size: int, end_of_text_id: int, max_shard_tokens: int
+    ) -> None:
+        self.folder, self.split, self.max_shard_tokens = folder, split, max_shard_tokens
+        self.dtype, self.end_of_text_id = token_dtype(vocab_size), end_of_text_id
+        self.num_documents = self.num_tokens = 0
+        self._shard = -1
+        self._offsets: list[int] = []
+        self._files: list[Any] = []
+
+    def add(self, ids: Sequence[int], record: dict[str, Any]) -> None:
+        """Append one document, an end-of-text before and after it."""
+        length = len(ids) + 2
+        if not self._files or self._offsets[-1] + length > self.max_shard_tokens:
+            self._open_next()
+        tokens, records = self._files
+        tokens.write(np.array([self.end_of_text_id, *ids, self.end_of_text_id], dtype=self.dtype).tobytes())
+        records.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._offsets.append(self._offsets[-1] + length)
+        self.num_documents += 1
+        self.num_tokens += length
+
+    def _open_next(self) -> None:
+        self.close()
+        self._shard += 1
+        stem = self.folder / f"{self.split}-{self._shard:05d}"
+        self._files = [stem.with_suffix(".tokens").open("wb"), stem.with_suffix(".records.jsonl").open("wb")]
+        self._offsets = [0]
+
+    def close(self) -> None:
+        """Finish the shard at work."""
+        if self._files:
+            for file in self._files:
+                file.close()
+            stem = self.folder / f"{self.split}-{self._shard:05d}"
+            np.save(stem.with_suffix(".offsets.npy"), np.array(self._offsets, dtype=np.int64))
+            self._files = []
+
+
+class TokenStore:
+    """Documents of one split as arrays of ids. Costs no memory but the page cache."""
+
+    def __init__(self, folder: Path, split: Split, *, vocab_size: int) -> None:
+        self.folder, self.split = folder, split
+        self.paths = sorted(folder.glob(f"{split}-*.tokens"))
+        if not self.paths:
+            raise DataError(
+                "E-TOKENS-NONE", what=f"no {split}-*.tokens files", where=folder, next="run `groundup tokenize` first"
+            )
+        self._tokens = [np.memmap(path, dtype=token_dtype(vocab_size), mode="r") for path in self.paths]
+        self._offsets = [np.load(path.with_suffix(".offsets.npy"), mmap_mode="r") for path in self.paths]
+        self._first_document = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
+        for path, tokens, offsets in zip(self.paths, self._tokens, self._offsets, strict=True):
+            if len(tokens) != offsets[-1]:
+                raise DataError(
+                    "E-TOKENS-SIZE",
+                    what=f"{len(tokens)} tokens where {int(offsets[-1])} were written",
+                    where=path,
+                    next="run `groundup tokenize` again",
+                )
+        self.num_documents = int(self._first_document[-1])
+        self.num_tokens = sum(len(tokens) for tokens in self._tokens)
+
+    def lengths(self, documents: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Tokens of each document, its two end-of-text tokens included."""
+        lengths = np.empty(len(documents), dtype=np.int64)
+        shards = np.searchsorted(self._first_document, documents, side="right") - 1
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            local = documents[chosen].astype(np.int64) - self._first_document[shard]
+            offsets = self._offsets[shard]
+            lengths[chosen] = offsets[local + 1] - offsets[local]
+        return lengths
+
+    def document(self, index: int) -> NDArray[Any]:
+        """Ids of a document, its two end-of-text tokens included."""
+        shard = bisect_right(self._first_document, index) - 1
+        local = index - self._first_document[shard]
+        offsets = self._offsets[shard]
+        return self._tokens[shard][offsets[local] : offsets[local + 1]]
+
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """All documents in the order in which they were written."""
+        for index in range(self.num_documents):
+            yield self.document(index)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Where a document came from: source, file and byte offset."""
+        shard = bisect_right(self._first_document, index) - 1
+        local = index - int(self._first_document[shard])
+        with self.paths[shard].with_suffix(".records.jsonl").open("rb") as file:
+            for number, line in enumerate(file):
+                if number == local:
+                    return dict(json.loads(line))
+        raise DataError(
+            "E-TOKENS-RECORD",
+            what=f"no record of document {index}",
+            where=self.paths[shard],
+            next="run `groundup tokenize` again",
+        )

@@ -1,0 +1,63 @@
+"""Keys and values of what was already read, so that a new token costs one position."""
+
+import torch
+from torch import Tensor
+
+from groundup.model.config import ModelConfig
+
+
+class LayerCache:
+    """Keys and values of one block; rows may be filled to different lengths."""
+
+    def __init__(
+        self, num_rows: int, config: ModelConfig, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_rows, config.num_key_value_heads, max_length, config.head_size)
+        self.k_BGSK = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_BGSK = torch.zeros(shape, dtype=dtype, device=device)
+        self.write_at_BT = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
+        self.visible = 0
+
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values at each row's own place; returns all that may be visible."""
+        index_BGTK = self.write_at_BT[:, None, :, None].expand(k_BGTK.shape)
+        self.k_BGSK.scatter_(2, index_BGTK, k_BGTK)
+        self.v_BGSK.scatter_(2, index_BGTK, v_BGTK)
+        return self.k_BGSK[:, :, : self.visible], self.v_BGSK[:, :, : self.visible]
+
+
+class KVCache:
+    """The caches of all blocks, and how far each row is filled."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        config: ModelConfig,
+        max_length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        device = torch.device(device)
+        self.layers = [LayerCache(num_rows, config, max_length, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.lengths_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.max_length = max_length
+
+    def advance(self, num_new_B: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Make room for up to `num_columns` new tokens a row, of which the first `num_new_B` are real.
+
+        Returns the positions (B, T) of the new tokens and the bias (B, 1, T, S) that hides all but real keys up to
+        each query. Columns past a row's real ones are written behind them and hidden; the next call overwrites them.
+        """
+        offsets_T = torch.arange(num_columns, device=self.lengths_B.device)
+        positions_BT = self.lengths_B[:, None] + offsets_T
+        visible = int(positions_BT.max()) + 1
+        if visible > self.max_length:
+            raise ValueError(f"{visible=} tokens do not fit into a cache of {self.max_length=}")
+        index_S = torch.arange(visible, device=self.lengths_B.device)
+        bias_B1TS = torch.zeros(positions_BT.shape[0], 1, num_columns, visible, device=self.lengths_B.device)
+        bias_B1TS.masked_fill_((index_S > positions_BT[:, :, None]).unsqueeze(1), float("-inf"))
+        for layer in self.layers:
+            layer.write_at_BT, layer.visible = positions_BT, visible
+        self.lengths_B = self.lengths_B + num_new_B
+        return positions_BT, bias_B1TS

@@ -1,0 +1,97 @@
+"""The whole model: embedding, blocks, final norm, and a head that gives losses (training) or logits (generation)."""
+
+import torch
+from torch import Tensor, nn
+
+from groundup.model.attention import AttentionMaker
+from groundup.model.block import Block
+from groundup.model.cache import KVCache
+from groundup.model.config import ModelConfig
+from groundup.model.loss import LossSums, linear_cross_entropy
+from groundup.model.norm import RMSNorm
+from groundup.model.rope import rope_table
+from groundup.model.segments import Segments
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size != "auto", "resolve the vocabulary before building the model"
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BT: Tensor, segments: Segments) -> Tensor:
+        x_BTD = self.embed_tokens(tokens_BT)
+        cos_BTK, sin_BTK = rope_table(segments.position_ids_BT, self.config.head_size, self.config.rope_theta)
+        bias_B1TT = segments.bias_B1TT(x_BTD.dtype)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TT)
+        return self.norm(x_BTD)
+
+    def forward_cached(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
+        """As `forward` for tokens that follow those in the cache; `num_new_B` of them a row are real."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        positions_BT, bias_B1TS = cache.advance(num_new_B, tokens_BT.shape[1])
+        cos_BTK, sin_BTK = rope_table(positions_BT, self.config.head_size, self.config.rope_theta)
+        bias_B1TS = bias_B1TS.to(x_BTD.dtype)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_BTD = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TS, layer_cache)
+        return self.norm(x_BTD)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head; parameter names are those of Hugging Face checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size != "auto", "resolve the vocabulary before building the model"
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens_BT: Tensor, segments: Segments, labels_BT: Tensor) -> LossSums:
+        """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing."""
+        return linear_cross_entropy(self.model(tokens_BT, segments), self.lm_head.weight, labels_BT)
+
+    def logits(self, tokens_BT: Tensor, segments: Segments | None = None) -> Tensor:
+        """Logits (B, T, V) at every position; for comparisons, not for training."""
+        segments = segments or Segments.whole_rows(tokens_BT.shape[0], tokens_BT.shape[1], tokens_BT.device)
+        logits_BTV: Tensor = self.lm_head(self.model(tokens_BT, segments))
+        return logits_BTV
+
+    def next_logits(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) after the last real new token of each row; the tokens are added to the cache."""
+        h_BTD = self.model.forward_cached(tokens_BT, num_new_B, cache)
+        last_B1D = (num_new_B - 1)[:, None, None].expand(-1, 1, h_BTD.shape[2])
+        logits_BV: Tensor = self.lm_head(h_BTD.gather(1, last_B1D).squeeze(1))
+        return logits_BV
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Normal weights, output projections scaled by 1/sqrt(2 × layers) (GPT-2), norms 1, biases 0."""
+        std = self.config.initializer_range
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(0.0, residual_std, generator=generator)
+            elif parameter.dim() == 2:
+                parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+    def use_attention(self, maker: AttentionMaker) -> None:
+        """Choose how every block computes attention."""
+        for layer in self.model.layers:
+            layer.self_attn.maker = maker  # type: ignore[union-attr]
+
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,82 @@
+"""The one loss: cross-entropy of next tokens, computed in chunks of rows so that full logits never exist."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+CHUNK_ELEMENTS = 1 << 21
+"""Logits in one chunk: 8 MB in fp32, which stays in a CPU's last-level cache."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What a forward pass gives back: sums, never means, so that micro-batches and ranks add up."""
+
+    loss_sum: Tensor
+    """Sum of the negative log-likelihoods (nats) of all supervised tokens; the only differentiable value."""
+    num_tokens: int
+    """Supervised tokens."""
+    per_token_BT: Tensor
+    """Negative log-likelihood of each supervised token, 0 elsewhere; detached."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_n -log softmax(h_n W^T)[y_n]. Gradients are formed in the forward pass, chunk by chunk, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        needs_h, needs_weight, _ = ctx.needs_input_grad
+        grad_h_ND = torch.empty_like(h_ND) if needs_h else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
+        rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        for begin in range(0, len(labels_N), rows):
+            h_CD, labels_C1 = h_ND[begin : begin + rows], labels_N[begin : begin + rows, None]
+            logits_CV = (h_CD @ weight_VD.t()).float()
+            normalizer_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            losses_N[begin : begin + rows] = (normalizer_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
+            if not (needs_h or needs_weight):
+                continue
+            grad_CV = logits_CV.sub_(normalizer_C1).exp_()
+            grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
+            grad_CV = grad_CV.to(h_ND.dtype)
+            if grad_h_ND is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_h_ND[begin : begin + rows])
+            if grad_weight_VD is not None:
+                if h_CD.dtype == torch.float32:
+                    grad_weight_VD.addmm_(grad_CV.t(), h_CD)
+                else:
+                    grad_weight_VD += grad_CV.t() @ h_CD
+        ctx.save_for_backward(grad_h_ND, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(losses_N)
+        return losses_N.sum(dtype=torch.float64).float(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_h_ND, grad_weight_VD = ctx.saved_tensors
+        return (
+            None if grad_h_ND is None else grad_h_ND * grad_sum.to(grad_h_ND.dtype),
+            None if grad_weight_VD is None else (grad_weight_VD * grad_sum).to(ctx.weight_dtype),
+            None,
+        )
+
+
+def linear_cross_entropy(h_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> LossSums:
+    """Loss of the next-token logits h W^T against labels; label -100 is not supervised and costs nothing.
+
+    Only supervised rows reach the product with the vocabulary. A batch without any supervised token gives a sum
+    of 0 that is still attached to the graph.
+    """
+    flat_labels_N = labels_BT.flatten()
+    rows_N = (flat_labels_N != IGNORE_INDEX).nonzero().squeeze(1)
+    h_ND = h_BTD.flatten(0, 1).index_select(0, rows_N)
+    loss_sum, losses_N = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N)
+    )
+    per_token = torch.zeros(flat_labels_N.shape, dtype=torch.float32, device=h_BTD.device)
+    per_token.index_copy_(0, rows_N, losses_N.detach())
+    return LossSums(loss_sum, len(rows_N), per_token.view(labels_BT.shape))

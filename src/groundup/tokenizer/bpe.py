@@ -1,0 +1,151 @@
+"""Byte-level BPE without a normaliser: every UTF-8 string comes back as it went in."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from groundup.base.errors import ConfigError, DataError
+from groundup.base.files import write_json
+from groundup.tokenizer.config import TokenizerConfig
+
+END_OF_TEXT = "<|endoftext|>"
+START_OF_TURN = "<|im_start|>"
+END_OF_TURN = "<|im_end|>"
+CONTROL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
+NUM_BYTES = 256
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Train merges on texts; the vocabulary is smaller than asked for where the texts hold no more merges.
+
+    Control tokens have the first ids. The same texts in the same order give the same tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _pre_tokenizer(config.pre_tokenizer)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    pattern = QWEN2_PATTERN if name == "qwen2" else LLAMA_PATTERN
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+class TextTokenizer:
+    """A loaded tokenizer directory: text to ids, where no text can become a control id."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(
+                "E-TOKENIZER-FILE",
+                what="no tokenizer.json",
+                where=folder,
+                next="give a Hugging Face tokenizer directory",
+            )
+        try:
+            data = json.loads(path.read_bytes())
+            self.tokenizer = Tokenizer.from_str(json.dumps(data))
+            # a copy that knows no added tokens: what a user types is always ordinary bytes
+            self.plain = Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))
+        except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+            raise DataError(
+                "E-TOKENIZER-FILE",
+                what=f"not a usable tokenizer: {str(error)[:120]}",
+                where=path,
+                next="train one with `groundup tokenizer`, or repair the file",
+            ) from None
+        self.folder = folder
+        self.added_tokens = {entry["content"]: int(entry["id"]) for entry in data.get("added_tokens", [])}
+        self.config = self._read_config(folder)
+        ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids) + 1
+        self.end_of_text_id = self._id_of(END_OF_TEXT, "eos_token")
+        self.end_of_turn_id = self._id_of(END_OF_TURN, "eos_token")
+
+    @staticmethod
+    def _read_config(folder: Path) -> dict[str, Any]:
+        path = folder / "tokenizer_config.json"
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+    def _id_of(self, token: str, fallback_key: str) -> int:
+        if token in self.added_tokens:
+            return self.added_tokens[token]
+        fallback = self.config.get(fallback_key)
+        name = fallback.get("content") if isinstance(fallback, dict) else fallback
+        found = self.tokenizer.token_to_id(name) if name else None
+        if found is None:
+            raise ConfigError(
+                "E-TOKENIZER-SPECIAL",
+                what=f"the tokenizer has neither {token} nor a usable {fallback_key}",
+                where=self.folder,
+                next=f"add {token} to its added_tokens",
+            )
+        return int(found)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; the text of a control token is encoded as ordinary bytes."""
+        return list(self.plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As `encode`, for many texts."""
+        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], *, skip_control_tokens: bool = False) -> str:
+        """Text of ids."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_control_tokens)
+        return text
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, chat_template: str, eos_token: str = END_OF_TEXT) -> None:
+    """Write an HF tokenizer directory that `transformers.AutoTokenizer` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", tokenizer_config(eos_token))
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def tokenizer_config(eos_token: str) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer trained here."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None,
+        "eos_token": eos_token,
+        "pad_token": END_OF_TEXT,
+        "unk_token": None,
+        "model_max_length": 1 << 20,
+    }
+
+
+def sample_by_size(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Texts up to a total of `max_bytes` UTF-8 bytes."""
+    total = 0
+    for text in texts:
+        total += len(text.encode())
+        if total > max_bytes:
+            return
+        yield text
