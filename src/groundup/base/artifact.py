@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from groundup.base.config import flatten
 from groundup.base.errors import ConfigError, DataError
@@ -25,6 +25,8 @@ MANIFEST = "MANIFEST.json"
 SUMMARY = "summary.json"
 ATTEMPT = "ATTEMPT.json"
 OUTSIDE_MANIFEST = {MANIFEST, SUMMARY, ATTEMPT, "eval.json"}
+CHECKPOINTS = "checkpoints"
+"""Folder of a training stage whose files have manifests of their own."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Manifest:
     def key(self) -> StageKey:
         return StageKey(self.stage, self.code_version, self.config, self.inputs)
 
-    @property
-    def output_hash(self) -> str:
-        """Hash over names and contents of all files: two artifacts with equal files have equal hashes."""
-        lines = "".join(f"{name}\0{entry['sha256']}\n" for name, entry in sorted(self.files.items()))
+    def output_hash(self, prefix: str = "") -> str:
+        """Hash over names and contents of the files under `prefix`: artifacts with equal files have equal hashes."""
+        chosen = sorted((name, entry["sha256"]) for name, entry in self.files.items() if name.startswith(prefix))
+        lines = "".join(f"{name}\0{sha256}\n" for name, sha256 in chosen)
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -122,6 +124,19 @@ class Attempt:
     is_continued: bool
 
 
+_locks_held: list[IO[str]] = []
+
+
+def _let_go_of_locks() -> None:
+    for file in _locks_held:
+        file.close()
+
+
+# a forked worker that outlives its killed parent would keep the run locked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_of_locks)
+
+
 class RunFolder:
     """A run's folder: begins, skips, commits and recovers the stages in it."""
 
@@ -160,8 +175,12 @@ class RunFolder:
             file.truncate(0)
             file.write(f"pid {os.getpid()} host {os.uname().nodename}")
             file.flush()
-            self._recover()
-            yield
+            _locks_held.append(file)
+            try:
+                self._recover()
+                yield
+            finally:
+                _locks_held.remove(file)
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage's files are now: committed, or else at work."""
@@ -235,16 +254,17 @@ class RunFolder:
 
     def commit(self, attempt: Attempt) -> Manifest:
         """Hash and sync everything in the attempt, write its manifest, and give it its fixed name."""
-        (attempt.folder / ATTEMPT).unlink(missing_ok=True)
         files: dict[str, dict[str, Any]] = {}
         folders = {attempt.folder}
         for path in sorted(attempt.folder.rglob("*")):
             name = path.relative_to(attempt.folder).as_posix()
             if path.is_dir():
                 folders.add(path)
+            elif path.name.startswith(".") and path.suffix == ".tmp":  # what a killed `atomic_write` left
+                path.unlink()
             else:
                 sync_file(path)
-                if name not in OUTSIDE_MANIFEST:
+                if name not in OUTSIDE_MANIFEST and not name.startswith(f"{CHECKPOINTS}/"):
                     files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in folders:
             sync_folder(path)
@@ -262,6 +282,7 @@ class RunFolder:
     def _put_in_place(self, folder: Path, target: Path) -> None:
         if target.exists():  # only what `begin` of this process left there, or a half-done rename of an older one
             shutil.rmtree(target)
+        (folder / ATTEMPT).unlink(missing_ok=True)
         folder.rename(target)
         sync_folder(target.parent)
         attempts = self.path / ".attempts"
@@ -279,12 +300,15 @@ class RunFolder:
         """Finish a commit that was cut between its manifest and its rename, and drop what a commit replaced."""
         for folder in sorted((self.path / ".attempts").glob("*")):
             manifest = read_manifest(folder)
-            target = self.path / ("lora/model" if folder.name == "merge" else folder.name)
+            target = self._place_of(folder.name)
             if manifest is not None and not target.exists() and target.parent.exists():
                 self._put_in_place(folder, target)
         for old in sorted((self.path / ".old").glob("*")):
-            if (self.path / old.name / MANIFEST).exists():
+            if (self._place_of(old.name) / MANIFEST).exists():
                 self._remove_old(old.name)
+
+    def _place_of(self, stage: str) -> Path:
+        return self.path / ("lora/model" if stage == "merge" else stage)
 
 
 def write_summary(folder: Path, figures: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 from groundup.base.errors import ConfigError
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_DEPTH = 32
+PLAIN_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 
 COSMETIC: dict[str, Any] = {"cosmetic": True}
 """`json_schema_extra` of a field that cannot change a single bit of a stage's output (workers, log intervals)."""
@@ -84,13 +86,7 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     loader = yaml.SafeLoader(text)
     lines: dict[str, int] = {}
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(
-                "E-CONFIG-YAML",
-                what="anchors and aliases are not allowed in a recipe",
-                where=where,
-                next="write the value out",
-            )
+        _refuse_aliases_and_depth(text, where)
         root = loader.get_single_node()
         values = {} if root is None else _construct(loader, root, "", lines, where)
     except yaml.YAMLError as error:
@@ -121,8 +117,33 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     return values, lines
 
 
+def _refuse_aliases_and_depth(text: str, where: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily: the scanner's time grows with the square of depth
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = f"{where}:{event.start_mark.line + 1}" if event.start_mark else where
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(
+                "E-CONFIG-YAML",
+                what="anchors and aliases are not allowed in a recipe",
+                where=line,
+                next="write the value out",
+            )
+        if depth > MAX_DEPTH:
+            raise ConfigError(
+                "E-CONFIG-YAML", what=f"more than {MAX_DEPTH} levels", where=line, next="write plain values"
+            )
+
+
 def _construct(loader: yaml.SafeLoader, node: yaml.Node, name: str, lines: dict[str, int], where: str) -> Any:
     lines[name] = node.start_mark.line + 1
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
+        raise ConfigError(
+            "E-CONFIG-YAML",
+            what=f"the tag {node.tag!r} is not allowed in a recipe",
+            where=f"{where}:{lines[name]}",
+            next="write the value without it",
+        )
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -160,7 +181,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[tuple[str, str]]
                 )
         try:
             section[leaf] = yaml.safe_load(text) if text else text
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
             section[leaf] = text
     return {dotted for dotted, _ in overrides}
 
@@ -203,7 +224,10 @@ def _as_config_error(
     message = fault["msg"].removeprefix("Value error, ")
     got = "" if isinstance(fault["input"], Mapping) else f", got {str(fault['input'])[:60]!r}"
     return ConfigError(
-        "E-CONFIG-VALUE", what=f"{dotted or 'recipe'}: {message}{got}{more}", where=place, next="change the value"
+        "E-CONFIG-VALUE",
+        what=f"{known or dotted or 'recipe'}: {message}{got}{more}",
+        where=place,
+        next="change the value",
     )
 
 

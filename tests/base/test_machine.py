@@ -1,0 +1,20 @@
+"""Facts of the machine are complete and can be written as JSON."""
+
+import json
+
+from groundup.base import machine
+
+
+def test_description_can_be_written():
+    facts = json.loads(json.dumps(machine.describe()))
+    assert facts["cores"] >= 1
+    assert facts["memory_bytes"] > 1 << 20
+    assert "torch" in facts["packages"]
+    assert {"cpu", "fast_bf16", "compiler", "system", "python"} <= facts.keys()
+
+
+def test_peak_memory_grows_with_use():
+    before = machine.peak_memory_bytes()
+    block = bytearray(before)
+    block[::4096] = b"x" * len(block[::4096])
+    assert machine.peak_memory_bytes() > before

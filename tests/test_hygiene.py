@@ -1,0 +1,137 @@
+"""What no file of ours may contain: ways to run code from data, silenced errors, files that grew too long."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+MAX_LINES = 500
+EXPLAINED: dict[str, str] = {}
+"""Files over the limit, with the reason why they are not split."""
+
+BANNED_KEYWORDS = {
+    ("weights_only", False): "a pickle can run code",
+    ("allow_pickle", True): "a pickle can run code",
+    ("trust_remote_code", True): "runs code from a model's folder",
+    ("shell", True): "a file name can become a command",
+    ("strict", False): "hides missing and left-over weights",
+}
+BANNED_CALLS = {
+    **{
+        f"{module}.{name}": "a pickle can run code"
+        for module in ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal")
+        for name in ("load", "loads", "Unpickler")
+    },
+    **{f"yaml.{name}": "builds any Python object" for name in ("unsafe_load", "unsafe_load_all", "full_load")},
+    "os.system": "a file name can become a command",
+    "os.popen": "a file name can become a command",
+    "eval": "runs data as code",
+    "exec": "runs data as code",
+}
+SAFE_LOADERS = {"SafeLoader", "CSafeLoader"}
+
+
+def faults_in(source: str) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) of every banned construct."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            yield node.lineno, "bare except"
+        if isinstance(node, ast.ExceptHandler) and [type(line) for line in node.body] == [ast.Pass]:
+            caught = ast.unparse(node.type) if node.type else ""
+            if caught in ("Exception", "BaseException"):
+                yield node.lineno, f"{caught} swallowed"
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if reason := BANNED_CALLS.get(f"{node.module}.{alias.name}"):
+                    yield node.lineno, f"{node.module}.{alias.name}: {reason}"
+        if isinstance(node, ast.Call):
+            yield from ((node.lineno, fault) for fault in faults_of_call(node))
+
+
+def faults_of_call(call: ast.Call) -> Iterator[str]:
+    name = ast.unparse(call.func)
+    last = name.split(".")[-1]
+    if reason := BANNED_CALLS.get(name):
+        yield f"{name}: {reason}"
+    if last == "extractall":
+        yield "extractall: a member's name can point out of the folder"
+    if name in ("yaml.load", "yaml.load_all"):
+        loaders = [*call.args[1:], *(keyword.value for keyword in call.keywords if keyword.arg == "Loader")]
+        if not loaders or ast.unparse(loaders[0]).split(".")[-1] not in SAFE_LOADERS:
+            yield f"{name} without a safe loader: builds any Python object"
+    if last == "load_state_dict" and any(isinstance(arg, ast.Constant) and arg.value is False for arg in call.args[1:]):
+        yield "load_state_dict(…, False): hides missing and left-over weights"
+    for keyword in call.keywords:
+        if not isinstance(keyword.value, ast.Constant) or name == "zip":
+            continue
+        if reason := BANNED_KEYWORDS.get((keyword.arg or "", keyword.value.value)):
+            yield f"{keyword.arg}={keyword.value.value}: {reason}"
+
+
+def python_files(*folders: str) -> list[Path]:
+    files = [path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    assert files, "looked in the wrong place"
+    return files
+
+
+def test_no_banned_construct():
+    faults = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {fault}"
+        for path in python_files("src", "trainer")
+        for line, fault in faults_in(path.read_text())
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_no_file_is_too_long():
+    lengths = {
+        path.relative_to(REPOSITORY).as_posix(): len(path.read_text().splitlines())
+        for path in python_files("src", "trainer", "tests")
+    }
+    long = {name: length for name, length in lengths.items() if length > MAX_LINES and name not in EXPLAINED}
+    assert not long, f"split, or say why in EXPLAINED: {long}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pickle.load(file)",
+        "pickle.loads(data)",
+        "from pickle import loads",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.FullLoader)",
+        "yaml.load(text, yaml.Loader)",
+        "yaml.unsafe_load(text)",
+        "subprocess.run(line, shell=True)",
+        "os.system(line)",
+        "tarfile.open(path).extractall(folder)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "model.load_state_dict(state, strict=False)",
+        "model.load_state_dict(state, False)",
+        "try:\n    f()\nexcept:\n    raise",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "eval(text)",
+    ],
+)
+def test_banned_construct_is_found(source):
+    assert list(faults_in(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path, weights_only=True)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "yaml.safe_load(text)",
+        "json.load(file)",
+        "zip(a, b, strict=False)",
+        "model.eval()",
+        "try:\n    f()\nexcept OSError:\n    pass",
+    ],
+)
+def test_harmless_construct_passes(source):
+    assert not list(faults_in(source))
