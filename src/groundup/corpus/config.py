@@ -56,7 +56,7 @@ class CorpusConfig(Config):
     """Name of the text's field in jsonl, json, csv and parquet rows."""
     max_document_bytes: PositiveInt = 16 << 20
     """A row larger than this is quarantined without being parsed."""
-    max_piece_bytes: PositiveInt = 64 << 10
+    max_piece_bytes: int = Field(64 << 10, ge=16)
     """txt, md and source files are cut at paragraph borders into pieces of at most this size."""
     allow_truncated: bool = False
     """Go on with what was read of a compressed file that ends too early."""
@@ -65,7 +65,7 @@ class CorpusConfig(Config):
     on_bad_row: Literal["quarantine", "error"] = "quarantine"
     """A row that cannot be used is set aside with its bytes, or ends the stage."""
     max_bad_fraction: float | None = Field(None, ge=0, le=1)
-    """Share of quarantined rows from which the stage ends with an error, after every good row is written."""
+    """Largest share of quarantined rows; above it the stage ends with an error, after every good row is written."""
     control_characters: Literal["strip", "keep"] = "strip"
     """Strip or keep the C0 and C1 controls other than tab and line feed."""
     fix_text: bool = False
@@ -73,4 +73,4 @@ class CorpusConfig(Config):
     filters: FiltersConfig = FiltersConfig()
     dedup: DedupConfig = DedupConfig()
     num_workers: PositiveInt | Literal["auto"] = Field("auto", json_schema_extra=COSMETIC)
-    """Processes that read and clean."""
+    """Processes that clean beside the one that reads; `auto` is the number of cores for inputs above 8 MB, else 1."""
