@@ -181,7 +181,7 @@ def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) 
     tensors = dict(tensors)
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    expected = {name: parameter for name, parameter in model.named_parameters()}
+    expected = dict(model.named_parameters())
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(

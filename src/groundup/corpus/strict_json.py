@@ -13,6 +13,12 @@ MAX_DEPTH = 64
 
 def parse_row(data: bytes, text_field: str, *, is_cut: bool = False) -> tuple[str, str | None]:
     """Text and own id (None without one) of a JSON object. Raises RowFault; `is_cut` says that the row has no end."""
+    value = parse_object(data, is_cut=is_cut)
+    return check_text(value.get(text_field, _MISSING), text_field), check_id(value.get("id"))
+
+
+def parse_object(data: bytes, *, is_cut: bool = False) -> dict[str, Any]:
+    """A row's JSON object. Raises RowFault; `is_cut` says that the row has no end."""
     if depth_of(data) > MAX_DEPTH:
         raise RowFault("W-JSON-DEPTH", f"nested deeper than {MAX_DEPTH}")
     try:
@@ -29,7 +35,7 @@ def parse_row(data: bytes, text_field: str, *, is_cut: bool = False) -> tuple[st
         raise RowFault("W-JSON-STRICT", "a number with too many digits") from None
     if not isinstance(value, dict):
         raise RowFault("W-ROW-TYPE", f"got {_json_type(value)}, want object")
-    return check_text(value.get(text_field, _MISSING), text_field), check_id(value.get("id"))
+    return value
 
 
 def check_text(value: object, text_field: str) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.base.seeding import derive_seed
+from groundup.data.permutation import Permutation
 from groundup.data.rows import Row
 from groundup.data.token_store import TokenStore
 from groundup.model.loss import IGNORE_INDEX
@@ -38,6 +39,9 @@ class _EpochOrder:
 class PackedDocuments:
     """Rows of a token store: documents permuted per epoch and concatenated, row r reading tokens [rT, rT + T].
 
+    Rows are then visited in an order of their own: neighbours in the stream are parts of one document, and a batch
+    of them would be far from a sample of the text.
+
     The one token of overlap makes each token a target exactly once; a document's leading end-of-text is none.
     A document that is cut goes on in the next row, without its earlier tokens. The last row is padded.
     """
@@ -46,12 +50,13 @@ class PackedDocuments:
         self.store, self.row_length, self.seed = store, row_length, seed
         self.rows_per_epoch = -(-(store.num_tokens - 1) // row_length)
         self._order = lru_cache(maxsize=2)(lambda epoch: _EpochOrder(store, seed, epoch))
+        self._visit = lru_cache(maxsize=2)(lambda epoch: Permutation(self.rows_per_epoch, seed, "rows", epoch))
 
     def _pieces(self, index: int) -> list[tuple[int, NDArray[np.int64], bool]]:
         """(document, ids, begins here) of what row `index` and its one token of overlap read."""
-        epoch, row = divmod(index, self.rows_per_epoch)
+        epoch, visit = divmod(index, self.rows_per_epoch)
         order = self._order(epoch)
-        place, wanted = row * self.row_length, self.row_length + 1
+        place, wanted = self._visit(epoch)(visit) * self.row_length, self.row_length + 1
         rank, offset = order.locate(place)
         pieces = []
         while wanted > 0 and rank < len(order.order):

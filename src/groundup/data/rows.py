@@ -36,6 +36,11 @@ class RowBatch:
             int((labels_BT != IGNORE_INDEX).sum()),
         )
 
+    def to(self, device: str) -> "RowBatch":
+        """The same rows on a device."""
+        segments = Segments(self.segments.starts_BT.to(device))
+        return RowBatch(self.tokens_BT.to(device), self.labels_BT.to(device), segments, self.num_loss_tokens)
+
     def __len__(self) -> int:
         return len(self.tokens_BT)
 

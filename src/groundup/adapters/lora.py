@@ -1,0 +1,141 @@
+"""LoRA by `peft` on our modules, in files that `peft` loads onto the `transformers` model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from groundup.adapters.config import AdapterConfig
+from groundup.base.errors import CheckpointError, ConfigError
+from groundup.base.files import write_json
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+
+
+def _peft_config(config: AdapterConfig, targets: list[str]) -> Any:
+    from peft import LoraConfig  # takes seconds to import
+
+    # no task_type and an explicit list: "all-linear" would wrap lm_head and routers too
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        bias="none",
+    )
+
+
+def inject_lora(model: nn.Module, config: AdapterConfig, *, seed: int) -> list[str]:
+    """Put adapters onto the named linears of the blocks; everything else is frozen. Returns the adapted names.
+
+    Raises ConfigError if a target names no layer.
+    """
+    from peft import inject_adapter_in_model
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    targets = [name for name in linears if name.rpartition(".")[2] in config.lora_targets]
+    unused = [target for target in config.lora_targets if not any(name.endswith(f".{target}") for name in linears)]
+    if unused or not targets:
+        known = sorted({name.rpartition(".")[2] for name in linears})
+        raise ConfigError(
+            "E-ADAPTER-NOOP", what=f"lora_targets fit no layer: {unused}", next=f"known: {', '.join(known)}"
+        )
+    torch.manual_seed(seed)
+    inject_adapter_in_model(_peft_config(config, targets), model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    return targets
+
+
+def adapter_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapter tensors under the names of a peft file."""
+    return {PREFIX + name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in named.items() if ".lora_" in name}
+
+
+def save_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor], *, base_hash: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json; the base's hash stands in the tensors' metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter_tensors(weights).items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_hash": base_hash})
+    values = _peft_config(config, sorted(config.lora_targets)).to_dict()
+    values |= {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": None}
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    write_json(folder / "adapter_config.json", json.loads(json.dumps(values, default=str)))
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """The part of adapter_config.json that groundup computes. Raises ConfigError for the rest."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ConfigError(
+            "E-ADAPTER-NONE", what="no adapter_config.json", where=folder, next="give an adapter's directory"
+        )
+    values = json.loads(path.read_bytes())
+    refused = [
+        name
+        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+        if values.get(name)
+    ]
+    if values.get("peft_type") != "LORA" or refused:
+        raise ConfigError(
+            "E-ADAPTER-TYPE",
+            what=f"not a plain LoRA adapter: {values.get('peft_type')} {refused}",
+            where=path,
+            next="merge it with peft",
+        )
+    return AdapterConfig(
+        adapter="lora",
+        lora_rank=values["r"],
+        lora_alpha=values["lora_alpha"],
+        lora_targets=tuple(values["target_modules"]),
+    )
+
+
+def read_base_hash(folder: Path) -> str | None:
+    """Hash of the base the adapter was trained on; None if it was not written by groundup."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        metadata = file.metadata() or {}
+    return metadata.get("base_hash")
+
+
+def load_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
+    """Inject a saved adapter. Raises CheckpointError if its tensors do not fit the model."""
+    inject_lora(model, config, seed=0)
+    expected = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {key: PREFIX + key.replace(f".{ADAPTER}.", ".") for key in expected}
+    if set(names.values()) != tensors.keys():
+        raise CheckpointError(
+            "E-KEYS",
+            what=f"adapter and model differ in {len(set(names.values()) ^ tensors.keys())} tensors",
+            where=folder,
+            next="give the base it was trained on",
+        )
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            if tensors[names[key]].shape != parameter.shape:
+                raise CheckpointError(
+                    "E-ADAPTER-BASE",
+                    what=f"{key} is {list(tensors[names[key]].shape)}, the model needs {list(parameter.shape)}",
+                    where=folder,
+                    next="give the base it was trained on",
+                )
+            parameter.copy_(tensors[names[key]])
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's weights with every adapter added in fp32, under the base's own names."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = parameter.detach().float().clone()
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weights[f"{name}.weight"] += module.get_delta_weight(ADAPTER).detach().float()
+    return weights

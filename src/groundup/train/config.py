@@ -1,0 +1,46 @@
+"""Fields that every training section of the recipe has."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from groundup.base.config import COSMETIC
+from groundup.optim.config import OptimConfig
+from groundup.train.duration import Duration
+
+
+class TrainConfig(OptimConfig):
+    """One training run: its length, its batch, its precision, and what is looked at on the way."""
+
+    duration: Duration
+    """Length of the run, such as `3e6 tokens`, `500 steps` or `2 epochs`."""
+    row_length: PositiveInt
+    """Tokens in a row."""
+    batch_size_tokens: PositiveInt
+    """Tokens in one optimizer step, over all micro-batches; a multiple of row_length."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where torch sees it."""
+    micro_batch_rows: PositiveInt | Literal["auto"] = "auto"
+    """Rows in one forward pass; auto takes as many as keep the activations in a CPU's cache."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Dtype of the products; weights and optimizer stay in fp32. auto takes bf16 where the machine is fast at it."""
+    attention: Literal["auto", "sdpa", "chunked", "dense"] = "auto"
+    """How attention is computed; auto takes the chunked product for bf16 on a CPU, SDPA elsewhere."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile per block; auto compiles runs long enough to win back the compile time."""
+    validate_every: Duration | None = None
+    """Interval between looks at the validation rows; None looks only at the end."""
+    max_validation_rows: PositiveInt = 64
+    """Validation rows in one look during training."""
+    sample_every: Duration | None = None
+    """Interval between samples; None draws none."""
+    sample_prompts: tuple[str, ...] = ()
+    """What the samples begin with."""
+    sample_tokens: PositiveInt = 64
+    """Tokens of a sample."""
+    checkpoint_every: Duration | None = Field(None, json_schema_extra=COSMETIC)
+    """Interval between checkpoints; None saves at a signal and at the end."""
+    keep_checkpoints: PositiveInt = Field(2, json_schema_extra=COSMETIC)
+    """Checkpoints to keep."""
+    num_threads: PositiveInt | Literal["auto"] = "auto"
+    """Threads of a CPU's products; auto takes every core."""

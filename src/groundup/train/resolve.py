@@ -1,0 +1,126 @@
+"""Every `auto` of a training section, resolved once from the recipe and the machine's facts, never from a clock."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from groundup.base import machine
+from groundup.base.errors import ConfigError
+from groundup.base.files import read_json, write_json
+from groundup.model.attention import AttentionMaker
+from groundup.train.config import TrainConfig
+from groundup.train.duration import in_steps
+
+CPU_MICRO_BATCH_TOKENS = 2048
+"""Tokens of a micro-batch whose activations stay in a CPU's last-level cache."""
+CUDA_MICRO_BATCH_TOKENS = 16384
+GFLOPS_PER_CORE = {torch.float32: 50.0, torch.bfloat16: 200.0}
+"""Nominal rates of a core, only to tell long runs from short ones."""
+COMPILE_PAYS_AFTER_SECONDS = 900.0
+"""Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
+COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
+RESOLVED = "resolved.json"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` became."""
+
+    device: str
+    precision: str
+    attention: AttentionMaker
+    micro_batch_rows: int
+    compile: bool
+    num_threads: int
+    batch_rows: int
+    total_steps: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int) -> Resolved:
+    """Resolve a section. Raises ConfigError for a batch that its rows do not divide."""
+    if config.batch_size_tokens % config.row_length:
+        nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
+        raise ConfigError(
+            "E-CONFIG-BATCH",
+            what=f"batch_size_tokens={config.batch_size_tokens} is not a multiple of row_length={config.row_length}",
+            next=f"use {nearest}",
+        )
+    batch_rows = config.batch_size_tokens // config.row_length
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "E-CONFIG-DEVICE", what="device cuda, but torch sees no CUDA device", next="use device cpu or auto"
+        )
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or machine.has_fast_bf16() else "fp32"
+    attention = config.attention
+    if attention == "auto":
+        attention = "chunked" if device == "cpu" and precision == "bf16" else "sdpa"
+    total_steps = in_steps(
+        config.duration, batch_rows=batch_rows, row_length=config.row_length, rows_per_epoch=rows_per_epoch
+    )
+    num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
+    return Resolved(
+        device=device,
+        precision=precision,
+        attention=attention,
+        micro_batch_rows=_micro_batch_rows(config, device, batch_rows),
+        compile=_compiles(config, device, precision, 6.0 * matrix_parameters * total_steps * config.batch_size_tokens),
+        num_threads=num_threads,
+        batch_rows=batch_rows,
+        total_steps=total_steps,
+    )
+
+
+def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int) -> int:
+    if config.micro_batch_rows != "auto":
+        return min(config.micro_batch_rows, batch_rows)
+    tokens = CUDA_MICRO_BATCH_TOKENS if device == "cuda" else CPU_MICRO_BATCH_TOKENS
+    wanted = max(1, min(batch_rows, tokens // config.row_length))
+    return max(rows for rows in range(1, wanted + 1) if batch_rows % rows == 0)
+
+
+def _compiles(config: TrainConfig, device: str, precision: str, flops: float) -> bool:
+    if config.compile != "auto":
+        if config.compile and device == "cpu" and not machine.has_compiler():
+            raise ConfigError(
+                "E-CONFIG-COMPILE",
+                what="compile: true, but there is no C++ compiler",
+                next="install g++, or set compile: auto",
+            )
+        return config.compile
+    if device == "cuda":
+        return flops > COMPILE_PAYS_AFTER_CUDA_FLOPS
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    seconds = flops / (GFLOPS_PER_CORE[dtype] * 1e9 * machine.num_cores())
+    return machine.has_compiler() and seconds > COMPILE_PAYS_AFTER_SECONDS
+
+
+def resolve_once(folder: Path, config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int) -> Resolved:
+    """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with."""
+    fresh = resolve(config, rows_per_epoch=rows_per_epoch, matrix_parameters=matrix_parameters)
+    path = folder / RESOLVED
+    if path.exists():
+        before: dict[str, Any] = read_json(path)
+        kept = {name: before[name] for name in ("precision", "attention", "micro_batch_rows", "compile", "num_threads")}
+        return Resolved(**(asdict(fresh) | kept))
+    write_json(path, asdict(fresh))
+    return fresh
+
+
+def apply_threads(resolved: Resolved) -> None:
+    """Set the thread count and torch's deterministic algorithms for this process."""
+    torch.set_num_threads(resolved.num_threads)
+    if resolved.device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,50 @@
+"""A look at held-out rows during training."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from groundup.data.rows import RowSource, read_batch
+from groundup.model.causal_lm import CausalLM
+from groundup.model.loss import IGNORE_INDEX
+
+
+@torch.no_grad()
+def validation_figures(
+    model: CausalLM,
+    source: RowSource,
+    *,
+    max_rows: int,
+    micro_batch_rows: int,
+    device: str,
+    token_bytes: NDArray[np.integer] | None,
+) -> dict[str, float]:
+    """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known.
+
+    Bits per byte count only tokens that stand for bytes: an end-of-text is none.
+    """
+    was_training = model.training
+    model.eval()
+    num_rows = min(max_rows, source.rows_per_epoch)
+    loss_sum = byte_loss_sum = 0.0
+    num_tokens = num_bytes = 0
+    for begin in range(0, num_rows, micro_batch_rows):
+        batch = read_batch(source, begin, min(micro_batch_rows, num_rows - begin)).to(device)
+        sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
+        loss_sum += float(sums.loss_sum)
+        num_tokens += sums.num_tokens
+        if token_bytes is not None:
+            labels = batch.labels_BT.cpu().numpy()
+            sizes = np.where(labels == IGNORE_INDEX, 0, token_bytes[np.maximum(labels, 0)])
+            byte_loss_sum += float(sums.per_token_BT.cpu().double().numpy()[sizes > 0].sum())
+            num_bytes += int(sizes.sum())
+    model.train(was_training)
+    if num_tokens == 0:
+        return {}
+    loss = loss_sum / num_tokens
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if num_bytes:
+        figures["bits_per_byte"] = byte_loss_sum / math.log(2) / num_bytes
+    return figures
