@@ -33,7 +33,7 @@ ALLOW_NONE = ChangePolicy()
 
 def run_stage(path, value, folder="corpus", is_resumable=False):
     """A small stage, with its lock; says what became of it."""
-    run = RunFolder(Path(path))
+    run = RunFolder(path)
     key = StageKey("merge" if folder == "lora/model" else folder, 1, {"value": value})
     with run.lock():
         attempt = run.begin(key, ALLOW_NONE, folder=folder, resumable=is_resumable)
@@ -47,9 +47,14 @@ def run_stage(path, value, folder="corpus", is_resumable=False):
 
 def kill_stage(failpoint, *args):
     """The same in a process of its own, which is killed at the failpoint."""
-    program = f"import runpy; runpy.run_path({__file__!r})['run_stage'](*{args!r})"
-    environment = {**os.environ, VARIABLE: f"{failpoint}:kill:1"}
-    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        try:
+            os.environ[VARIABLE] = f"{failpoint}:kill:1"
+            run_stage(*args)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def make(run, key=KEY, content="text", **how):
@@ -132,24 +137,45 @@ def test_equal_files_have_equal_hashes_whatever_the_key(tmp_path):
     hashes = set()
     for name, key in [("one", KEY), ("two", NEW_KEY)]:
         make(RunFolder(tmp_path / name), key)
-        hashes.add(read_manifest(tmp_path / name / "corpus").output_hash)
+        hashes.add(read_manifest(tmp_path / name / "corpus").output_hash())
     assert len(hashes) == 1
     make(RunFolder(tmp_path / "three"), content="other")
-    assert read_manifest(tmp_path / "three" / "corpus").output_hash not in hashes
+    assert read_manifest(tmp_path / "three" / "corpus").output_hash() not in hashes
+
+
+def test_hash_of_a_part_sees_only_that_part(tmp_path):
+    hashes = set()
+    for name, log in [("one", "fast"), ("two", "slow")]:
+        run = RunFolder(tmp_path / name)
+        attempt = run.begin(KEY, ALLOW_NONE)
+        (attempt.folder / "model").mkdir()
+        (attempt.folder / "model" / "weights").write_text("w")
+        (attempt.folder / "timing.jsonl").write_text(log)
+        manifest = run.commit(attempt)
+        hashes |= {manifest.output_hash("model/"), manifest.output_hash()}
+    assert len(hashes) == 3
+
+
+def test_checkpoints_keep_manifests_of_their_own(run):
+    attempt = run.begin(KEY, ALLOW_NONE)
+    (attempt.folder / "checkpoints").mkdir()
+    (attempt.folder / "checkpoints" / "step").write_text("weights")
+    assert run.commit(attempt).files == {}
+    assert (run.path / "corpus" / "checkpoints" / "step").exists()
 
 
 def test_summary_stands_outside_the_manifest(run):
     attempt = run.begin(KEY, ALLOW_NONE)
     write_summary(attempt.folder, {"documents": 3})
     assert run.commit(attempt).files == {}
-    before = read_manifest(run.path / "corpus").output_hash
+    before = read_manifest(run.path / "corpus").output_hash()
     write_summary(run.path / "corpus", {"bytes": 4})
     first = (run.path / "corpus" / "summary.json").read_bytes()
     write_summary(run.path / "corpus", {"bytes": 4})
     assert (run.path / "corpus" / "summary.json").read_bytes() == first
     assert read_json(run.path / "corpus" / "summary.json") == {"documents": 3, "bytes": 4}
     verify(run.path / "corpus", read_manifest(run.path / "corpus"))
-    assert read_manifest(run.path / "corpus").output_hash == before
+    assert read_manifest(run.path / "corpus").output_hash() == before
 
 
 def test_leftover_of_a_killed_write_is_no_part_of_the_artifact(run):
@@ -238,7 +264,7 @@ def test_kill_in_a_commit_then_recovery(tmp_path, failpoint, is_replaced, folder
         run_stage(path, "adapter", "lora")
     if is_replaced:
         assert run_stage(path, "old", folder) == "began"
-    kill_stage(failpoint, str(path), "new", folder)
+    kill_stage(failpoint, path, "new", folder)
     if (path / folder).exists():  # what stands under the fixed name is whole at any moment
         verify(path / folder, read_manifest(path / folder))
         assert (path / folder / "deep" / "value.txt").read_text() == "new"
@@ -252,7 +278,7 @@ def test_kill_in_a_commit_then_recovery(tmp_path, failpoint, is_replaced, folder
 
 def test_kill_in_a_commit_loses_nothing_of_a_resumable_stage(tmp_path):
     path = tmp_path / "run"
-    kill_stage("artifact.before_manifest", str(path), "a", "pretrain", True)
+    kill_stage("artifact.before_manifest", path, "a", "pretrain", True)
     assert run_stage(path, "a", "pretrain", True) == "continued"
     assert {entry.name for entry in (path / "pretrain").iterdir()} == {MANIFEST, "deep"}
 
@@ -274,9 +300,8 @@ import sys, time, os
 from pathlib import Path
 from groundup.base.artifact import RunFolder
 with RunFolder(Path(sys.argv[1])).lock():
-    worker = os.fork() if sys.argv[2] == "with a worker" else 1
-    if worker:
-        print(worker, flush=True)
+    if sys.argv[2] == "alone" or os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
@@ -296,7 +321,7 @@ def test_lock_is_refused_while_another_process_holds_it_and_free_after_its_death
                 assert (run.path / ".lock").read_text().startswith(f"pid {os.getpid()} ")
         finally:
             owner.kill()
-            if kind != "alone":
+            if worker != owner.pid:
                 os.kill(worker, signal.SIGKILL)
 
 
