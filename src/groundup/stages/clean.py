@@ -95,7 +95,9 @@ class _Job:
                 else:
                     spool.add(outcome.line)
                     table.add(outcome.fingerprint)
-                progress.update(f"clean  {self.ledger.read:,} rows  {self.ledger.bytes_in / 1e6:.1f} MB")
+                if self.ledger.read % 256 == 0:
+                    progress.update(f"clean  {self.ledger.read:,} rows  {self.ledger.bytes_in / 1e6:.1f} MB")
+        spool.flush()
         self.ledger.diversity_before = sample.measure()
         return table
 

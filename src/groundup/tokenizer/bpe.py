@@ -1,10 +1,12 @@
 """Byte-level BPE without a normaliser: every UTF-8 string comes back as it went in."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from groundup.base.errors import ConfigError, DataError
@@ -113,6 +115,15 @@ class TextTokenizer:
         """As `encode`, for many texts."""
         return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def token_bytes(self) -> NDArray[np.int32]:
+        """UTF-8 bytes each id stands for; 0 for added tokens and ids without a token."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        added = set(self.added_tokens.values())
+        for token, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            # in a byte-level vocabulary each character of a token's name is one byte
+            sizes[index] = 0 if index in added else len(token)
+        return sizes
+
     def decode(self, ids: list[int], *, skip_control_tokens: bool = False) -> str:
         """Text of ids."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_control_tokens)
@@ -139,13 +150,3 @@ def tokenizer_config(eos_token: str) -> dict[str, Any]:
         "unk_token": None,
         "model_max_length": 1 << 20,
     }
-
-
-def sample_by_size(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """Texts up to a total of `max_bytes` UTF-8 bytes."""
-    total = 0
-    for text in texts:
-        total += len(text.encode())
-        if total > max_bytes:
-            return
-        yield text

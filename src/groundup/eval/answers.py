@@ -1,0 +1,73 @@
+"""Held-out questions: does the model answer, stop, and answer right."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from groundup.data.chat_rows import PackedChats
+from groundup.data.chats import Chat
+from groundup.data.rows import read_batch
+from groundup.generate.generator import complete
+from groundup.generate.sampling import SamplingConfig
+from groundup.model.causal_lm import CausalLM
+from groundup.tokenizer.chat import ChatEncoder
+
+ROWS_A_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out question, what the model said and what the data says."""
+
+    question: str
+    reference: str
+    answer: str
+    has_stopped: bool
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the model stopped by itself after exactly the reference, white space at the ends aside."""
+        return self.has_stopped and self.answer.strip() == self.reference.strip()
+
+
+@torch.no_grad()
+def answer_loss(model: CausalLM, chats: PackedChats) -> float:
+    """Mean negative log-likelihood (nats) of the supervised tokens of all rows."""
+    model.eval()
+    loss_sum, num_tokens = 0.0, 0
+    for begin in range(0, chats.rows_per_epoch, ROWS_A_BATCH):
+        batch = read_batch(chats, begin, min(ROWS_A_BATCH, chats.rows_per_epoch - begin))
+        sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
+        loss_sum += float(sums.loss_sum)
+        num_tokens += sums.num_tokens
+    return loss_sum / num_tokens
+
+
+def answer_questions(
+    model: CausalLM, encoder: ChatEncoder, chats: Sequence[Chat], config: SamplingConfig, eos_ids: Collection[int]
+) -> list[Answer]:
+    """Let the model answer the last question of each chat."""
+    prompts = [encoder.encode_prompt(chat.prompt) for chat in chats]
+    completions = complete(model, prompts, config, eos_ids)
+    return [
+        Answer(chat.question, chat.reference, encoder.tokenizer.decode(completion.ids), completion.has_stopped)
+        for chat, completion in zip(chats, completions, strict=True)
+    ]
+
+
+def answer_figures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Stop rate, lengths in characters, and how many answers differ from each other."""
+    return {
+        "num_questions": len(answers),
+        "stop_rate": sum(answer.has_stopped for answer in answers) / len(answers),
+        "mean_answer_length": sum(len(answer.answer) for answer in answers) / len(answers),
+        "reference_answer_length": sum(len(answer.reference) for answer in answers) / len(answers),
+        "distinct_answers": len({answer.answer for answer in answers}),
+    }
+
+
+def right_rate(answers: Sequence[Answer]) -> float:
+    """Share of answers that equal the reference."""
+    return sum(answer.is_right for answer in answers) / len(answers)

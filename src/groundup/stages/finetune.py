@@ -1,0 +1,168 @@
+"""Fine-tuning on chats: full SFT and LoRA are one stage with an `adapter` field."""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from groundup.adapters.lora import inject_lora, save_adapter
+from groundup.base import machine
+from groundup.base.artifact import StageKey, read_manifest, write_summary
+from groundup.base.config import numerics
+from groundup.base.errors import ConfigError
+from groundup.base.files import read_json, sha256_of, write_json
+from groundup.base.seeding import derive_seed
+from groundup.checkpoint.huggingface import load_model, read_eos_ids, save_model
+from groundup.data.chat_rows import PackedChats
+from groundup.generate.generator import complete
+from groundup.generate.sampling import SamplingConfig
+from groundup.model.causal_lm import CausalLM
+from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
+from groundup.stages.config import FinetuneConfig
+from groundup.stages.pretrain import check_positions, describe_run
+from groundup.stages.work import Work
+from groundup.tokenizer.bpe import TextTokenizer
+from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
+from groundup.train.run import TrainingJob, TrainingRun
+
+CODE_VERSION = 1
+FinetuneStage = Literal["sft", "lora"]
+
+
+def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
+    """Make `sft/` or `lora/` of a run, going on from its last checkpoint if one is there; returns the summary."""
+    recipe, run = work.recipe, work.run
+    config = section_of(work, stage)
+    base = base_model(work, stage)
+    inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
+    template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
+    settings = {"seed": recipe.seed, stage: numerics(config), "template": template}
+    attempt = run.begin(StageKey(stage, CODE_VERSION, settings, inputs), work.policy, resumable=True)
+    if attempt is None:
+        summary = read_json(work.path(stage) / "summary.json")
+        work.log.say(f"{stage}  unchanged  {summary['chats']:,} chats")
+        return summary
+    tokenizer = TextTokenizer(base)
+    encoder = ChatEncoder(tokenizer, template)
+    data = load_chats(config, encoder)
+    data.write_account(attempt.folder)
+    rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(recipe.seed, stage))
+    held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
+    model = load_model(base)
+    check_tokenizer(model, tokenizer, base)
+    check_positions(model.config, config.row_length)
+    if config.adapter == "lora":
+        inject_lora(model, config, seed=derive_seed(recipe.seed, stage, "adapter"))
+    write_json(run.path / "machine.json", machine.describe())
+    work.log.say(
+        f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
+        f"{len(data.bad_rows):,} quarantined, {sum(data.ledger['left_out'].values()):,} left out; "
+        f"{100 * rows.padding_fraction:.1f} % padding"
+    )
+    batch_rows = max(1, config.batch_size_tokens // config.row_length)
+    eos_ids = read_eos_ids(base, tokenizer)
+    job = TrainingJob(
+        name=stage,
+        config=config,
+        seed=recipe.seed,
+        model=model,
+        source=rows,
+        validation={"chats": held_out},
+        folder=attempt.folder,
+        log=work.log,
+        name_documents=lambda step: _name_chats(rows, step * batch_rows, batch_rows),
+        sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
+    )
+    began = time.monotonic()
+    training = TrainingRun(job)
+    trained = sum(p.numel() for p in training.engine.masters.values())
+    work.log.say(describe_run(stage, training, trained, rows.rows_per_epoch))
+    outcome = training.run()
+    if config.adapter == "lora":
+        save_adapter(attempt.folder / "adapter", config, outcome.weights, base_hash=inputs["base"])
+    else:
+        save_model(
+            attempt.folder / "model",
+            model,
+            outcome.weights,
+            tokenizer,
+            eos_token_ids=[tokenizer.end_of_turn_id, tokenizer.end_of_text_id],
+        )
+        (attempt.folder / "model" / "chat_template.jinja").write_text(template, encoding="utf-8")
+    summary = {
+        "num_parameters": sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
+        "trained_parameters": trained,
+        "chats": len(data.train),
+        "padding_fraction": rows.padding_fraction,
+        **outcome.figures,
+        "stage_seconds": time.monotonic() - began,
+    }
+    if config.data in EMBEDDED:
+        summary["note"] = EMBEDDED_NOTE
+    write_summary(attempt.folder, summary)
+    run.commit(attempt)
+    work.log.say(
+        f"{stage}  {summary['epochs']:.1f} epochs of {summary['chats']:,} chats  "
+        f"{summary['tokens_per_second']:,.0f} tokens/s  {summary['seconds']:.1f} s"
+    )
+    return summary
+
+
+def base_model(work: Work, stage: FinetuneStage) -> Path:
+    """Model directory a fine-tuning stage begins with. Raises ConfigError if there is none."""
+    recipe = work.recipe
+    config = section_of(work, stage)
+    if config.init_from != "auto":
+        folder = Path(config.init_from)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                "E-MODEL-NONE",
+                what="no model directory (no config.json)",
+                where=folder,
+                next=f"set {stage}.init_from to a directory with config.json and *.safetensors",
+            )
+        return folder
+    earlier = "sft" if stage == "lora" and recipe.sft is not None else "pretrain"
+    work.run.committed(earlier)
+    return work.path(earlier) / "model"
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of a model's weights: from the stage's manifest where it has one, else of the files themselves."""
+    manifest = read_manifest(folder.parent)
+    if manifest is not None and any(name.startswith("model/") for name in manifest.files):
+        return manifest.output_hash("model/model")
+    return "+".join(sha256_of(path) for path in sorted(folder.glob("*.safetensors")))
+
+
+def check_tokenizer(model: CausalLM, tokenizer: TextTokenizer, where: Path) -> None:
+    """Raise ConfigError if the tokenizer has ids for which the model has no row."""
+    rows = model.model.embed_tokens.num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            "E-TOKENIZER-MISMATCH",
+            what=f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows} rows",
+            where=where,
+            next="give the tokenizer the model was trained with",
+        )
+
+
+def _name_chats(rows: PackedChats, first_row: int, count: int) -> str:
+    numbers = sorted({chat for row in range(first_row, first_row + count) for chat in rows.documents_of(row)})
+    chats = [rows.chats.chats[number] for number in numbers]
+    named = ", ".join(f"{chat.file} byte {chat.offset}" for chat in chats[:3])
+    return f"{len(chats)} chats: {named}{', …' if len(chats) > 3 else ''}"
+
+
+def _answer(model: CausalLM, encoder: ChatEncoder, question: str, max_new_tokens: int, eos_ids: list[int]) -> str:
+    prompt = encoder.encode_prompt([{"role": "user", "content": question}])
+    config = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    with torch.compiler.set_stance("force_eager"):
+        completion = complete(model, [prompt], config, eos_ids)[0]
+    return encoder.tokenizer.decode(completion.ids, skip_control_tokens=True)
+
+
+def section_of(work: Work, stage: FinetuneStage) -> FinetuneConfig:
+    """The recipe's section of a fine-tuning stage."""
+    return work.needed(work.recipe.sft if stage == "sft" else work.recipe.lora, stage)

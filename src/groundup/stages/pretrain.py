@@ -1,0 +1,134 @@
+"""The stage that trains a model from its first random weights on the run's tokens."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from groundup.base import machine
+from groundup.base.artifact import StageKey, verify, write_summary
+from groundup.base.config import numerics
+from groundup.base.errors import ConfigError
+from groundup.base.files import read_json, write_json
+from groundup.base.seeding import derive_seed
+from groundup.checkpoint.huggingface import save_model
+from groundup.data.packing import PackedDocuments
+from groundup.data.token_store import TokenStore
+from groundup.generate.text import continue_text
+from groundup.model.causal_lm import CausalLM
+from groundup.model.config import ModelConfig
+from groundup.stages.work import Work
+from groundup.tokenizer.bpe import TextTokenizer
+from groundup.train.run import TrainingJob, TrainingRun
+
+CODE_VERSION = 1
+STAGE = "pretrain"
+
+
+def pretrain(work: Work) -> dict[str, Any]:
+    """Make `pretrain/` of a run, going on from its last checkpoint if one is there; returns the summary."""
+    recipe, run = work.recipe, work.run
+    config = work.needed(recipe.pretrain, "pretrain")
+    shape = work.needed(recipe.model, "model")
+    tokens, tokenizer_manifest = run.committed("tokens"), run.committed("tokenizer")
+    inputs = {
+        "train": tokens.output_hash("train-"),
+        "validation": tokens.output_hash("validation-"),
+        "tokenizer": tokenizer_manifest.output_hash("tokenizer.json"),
+    }
+    settings = {"seed": recipe.seed, "model": numerics(shape), "pretrain": numerics(config)}
+    attempt = run.begin(StageKey(STAGE, CODE_VERSION, settings, inputs), work.policy, resumable=True)
+    if attempt is None:
+        summary = read_json(work.path(STAGE) / "summary.json")
+        work.log.say(f"pretrain  unchanged  {summary['num_parameters']:,} parameters")
+        return summary
+    verify(work.path("tokens"), tokens)
+    tokenizer = TextTokenizer(work.path("tokenizer"))
+    shape = resolve_vocabulary(shape, tokenizer)
+    rows = {
+        split: PackedDocuments(
+            TokenStore(work.path("tokens"), split, vocab_size=tokenizer.vocab_size),
+            row_length=config.row_length,
+            seed=recipe.seed,
+        )
+        for split in ("train", "validation")
+    }
+    check_positions(shape, config.row_length)
+    model = CausalLM(shape)
+    model.initialize(torch.Generator().manual_seed(derive_seed(recipe.seed, "weights")))
+    write_json(run.path / "machine.json", machine.describe())
+    batch_rows = max(1, config.batch_size_tokens // config.row_length)
+    job = TrainingJob(
+        name=STAGE,
+        config=config,
+        seed=recipe.seed,
+        model=model,
+        source=rows["train"],
+        validation={"text": rows["validation"]},
+        folder=attempt.folder,
+        log=work.log,
+        name_documents=lambda step: name_documents(rows["train"], step * batch_rows, batch_rows),
+        sample=lambda live, prompt: continue_text(
+            live, tokenizer, prompt, max_new_tokens=config.sample_tokens, seed=recipe.seed
+        ),
+        token_bytes=np.load(work.path("tokenizer") / "token_bytes.npy"),
+    )
+    began = time.monotonic()
+    training = TrainingRun(job)
+    work.log.say(describe_run(STAGE, training, model.num_parameters(), rows["train"].rows_per_epoch))
+    outcome = training.run()
+    save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
+    summary = {"num_parameters": model.num_parameters(), **outcome.figures, "stage_seconds": time.monotonic() - began}
+    write_summary(attempt.folder, summary)
+    run.commit(attempt)
+    work.log.say(
+        f"pretrain  {summary['tokens']:,} tokens  {summary['tokens_per_second']:,.0f} tokens/s  {summary['seconds']:.1f} s"
+    )
+    return summary
+
+
+def resolve_vocabulary(shape: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
+    """The shape with `vocab_size: auto` replaced. Raises ConfigError if the vocabulary has more ids than rows."""
+    if shape.vocab_size == "auto":
+        return shape.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            "E-TOKENIZER-MISMATCH",
+            what=f"the tokenizer has {tokenizer.vocab_size} ids, the model {shape.vocab_size} rows",
+            where="model.vocab_size",
+            next="set `vocab_size: auto`, or a size that holds every id (more rows are padding)",
+        )
+    return shape
+
+
+def check_positions(shape: ModelConfig, row_length: int) -> None:
+    """Raise ConfigError if rows are longer than the model's positions."""
+    if row_length > shape.max_position_embeddings:
+        raise ConfigError(
+            "E-CONFIG-POSITIONS",
+            what=f"{row_length=} exceeds max_position_embeddings={shape.max_position_embeddings}",
+            next="shorten the rows or raise max_position_embeddings",
+        )
+
+
+def name_documents(rows: PackedDocuments, first_row: int, count: int) -> str:
+    """Sources and places of the first documents in some rows, for an error line."""
+    documents = sorted({document for row in range(first_row, first_row + count) for document in rows.documents_of(row)})
+    named = []
+    for document in documents[:3]:
+        record = rows.store.record(document)
+        named.append(f"{record.get('file', record.get('id'))} byte {record.get('offset', 0)}")
+    return f"{len(documents)} documents: {', '.join(named)}{', …' if len(documents) > 3 else ''}"
+
+
+def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per_epoch: int) -> str:
+    """One line on what is about to be trained, with every `auto` resolved."""
+    resolved, config = training.resolved, training.config
+    epochs = resolved.total_steps * resolved.batch_rows / rows_per_epoch
+    return (
+        f"{name}  {num_parameters:,} parameters  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "
+        f"({epochs:.2f} epochs)  {resolved.device} {resolved.precision} {resolved.attention}, "
+        f"micro-batch {resolved.micro_batch_rows} × {config.row_length}, "
+        f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.num_threads} threads"
+    )
