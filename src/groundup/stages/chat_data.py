@@ -107,7 +107,7 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
         "left_out": dict(left_out),
         "quarantined": dict(Counter(row.code for row in bad_rows)),
     }
-    if num_read != ledger["kept"] + sum(left_out.values()) + len(bad_rows):
+    if num_read != len(train) + len(validation) + sum(left_out.values()) + len(bad_rows):
         raise AssertionError(f"the ledger does not add up: {ledger}")
     return ChatData(train, validation, ledger, bad_rows)
 

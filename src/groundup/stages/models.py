@@ -1,0 +1,49 @@
+"""A MODEL on the command line: a model directory, or a run, which stands for its last stage's model."""
+
+import shutil
+from pathlib import Path
+
+from groundup.base.errors import CheckpointError, ConfigError
+from groundup.checkpoint.huggingface import PICKLES, load_model, model_dtype, read_eos_ids, save_model
+from groundup.tokenizer.bpe import TextTokenizer
+
+LAST_FIRST = ("lora/model", "sft/model", "pretrain/model", "model")
+
+
+def find_model(model: str) -> Path:
+    """The directory of a MODEL. Raises ConfigError if there is none, CheckpointError for a pickle."""
+    path = Path(model)
+    if path.suffix in PICKLES:
+        raise CheckpointError(
+            "E-CKPT-FORMAT",
+            what=f"{path.name} is a pickle, which can run code: refused",
+            where=path.parent,
+            next="convert it to safetensors first",
+        )
+    for folder in (path, *(path / name for name in LAST_FIRST), *(Path("runs") / model / name for name in LAST_FIRST)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(
+        "E-MODEL-NONE", what=f"no model at {model!r}", next="give a model directory, a run's folder or its name"
+    )
+
+
+def export_model(model: str, target: Path, dtype: str) -> Path:
+    """Write a MODEL as a Hugging Face directory in another dtype. Raises ConfigError if the target is in use."""
+    source = find_model(model)
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError("E-OUT-EXISTS", what="the target folder is not empty", where=target, next="name a new folder")
+    tokenizer = TextTokenizer(source)
+    loaded = load_model(source)
+    eos_ids = read_eos_ids(source, tokenizer)
+    first = tokenizer.end_of_turn_id if "im_end" in str(tokenizer.config.get("eos_token")) else tokenizer.end_of_text_id
+    ordered = [first, *(token for token in eos_ids if token != first)]
+    target.mkdir(parents=True, exist_ok=True)
+    attempt = target / ".attempt"
+    save_model(
+        attempt, loaded, dict(loaded.named_parameters()), tokenizer, eos_token_ids=ordered, dtype=model_dtype(dtype)
+    )
+    for path in sorted(attempt.iterdir()):
+        path.rename(target / path.name)
+    shutil.rmtree(attempt)
+    return target
