@@ -22,6 +22,8 @@ DIGEST_BYTES = 16
 MAX_COMPARED = 4
 """Survivors a document is compared with, those first that agree in most bands."""
 CACHE_BYTES = 64 << 20
+ENTRY_BYTES = 300
+"""What a cached set costs beside its hashes."""
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -52,7 +54,9 @@ def band_hashes(ngrams: NDArray[np.uint64], num_ngrams: NDArray[np.int64], confi
     """One hash a band (column) and document (row); 0 only in rows of documents without 5-grams."""
     ends = np.concatenate([[0], np.cumsum(num_ngrams)]).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(ngrams, ends, config.num_permutations, MINHASH_SEED)
-    signatures = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(num_ngrams), config.num_bands, -1)
+    signatures = np.array(matrix.to_rows(), dtype=np.uint64).reshape(
+        len(num_ngrams), config.num_bands, config.num_permutations // config.num_bands
+    )
     hashes = np.zeros((len(num_ngrams), config.num_bands), np.uint64)
     for column in range(signatures.shape[2]):
         hashes ^= signatures[:, :, column]
@@ -159,7 +163,7 @@ class _NgramCache:
             return self._sets[number]
         ngrams = self._read_ngrams(number)
         self._sets[number] = ngrams
-        self._num_bytes += ngrams.nbytes
+        self._num_bytes += ngrams.nbytes + ENTRY_BYTES
         while self._num_bytes > CACHE_BYTES and len(self._sets) > 1:
-            self._num_bytes -= self._sets.popitem(last=False)[1].nbytes
+            self._num_bytes -= self._sets.popitem(last=False)[1].nbytes + ENTRY_BYTES
         return ngrams

@@ -56,7 +56,7 @@ def split_array(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Chunk]:
     position = 0
     """Bytes of the file before the block at hand."""
     held, num_held = bytearray(), 0
-    in_string = is_escaped = False
+    is_open = in_string = is_escaped = False
 
     def keep(data: bytes) -> None:
         nonlocal num_held
@@ -94,8 +94,9 @@ def split_array(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Chunk]:
                 in_string = not in_string
             elif char in b"[{":
                 depth += 1
-                if depth == 1 and number == 1 and not num_held:
-                    begin, offset = at, position + at
+                if not is_open:
+                    is_open, begin, offset, num_held = True, at, position + at, 0
+                    held.clear()
             elif char == b"," and depth == 1:
                 keep(block[begin : at - 1])
                 yield finish(position + at)
@@ -110,5 +111,7 @@ def split_array(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Chunk]:
                     held.clear()
         keep(block[begin:])
         position += len(block)
-    if depth > 0 or num_held > max_bytes or held.strip():
-        yield finish(position, is_cut=True)
+    if num_held > max_bytes or held.strip():
+        yield finish(position, is_cut=depth > 1 or in_string)
+    if depth == 1 and not in_string:
+        yield Chunk(position, number, 0, b"", is_cut=True)  # the array has no end

@@ -62,8 +62,19 @@ class Ledger:
 
     def as_json(self) -> dict[str, Any]:
         """The ledger as it stands in ledger.json."""
-        values = asdict(self)
-        return values | {name: dict(sorted(values[name].items())) for name in ("filtered", "quarantined")}
+        before, after = self.diversity_before, self.diversity_after
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "filtered": dict(sorted(self.filtered.items())),
+            "exact_duplicates": self.exact_duplicates,
+            "near_duplicates": self.near_duplicates,
+            "quarantined": dict(sorted(self.quarantined.items())),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "diversity_before": before and asdict(before),
+            "diversity_after": after and asdict(after),
+        }
 
 
 class Quarantine:

@@ -34,18 +34,12 @@ def _strip_controls(text: str) -> str:
 
 
 def _fix(text: str) -> str:
-    """Mend mojibake line by line; ftfy's other habits (HTML entities, quotes, widths) would change right text."""
+    """Mend mojibake, line by line; ftfy's other habits (HTML entities, quotes, widths) would change right text."""
     import ftfy
+    from ftfy.badness import is_bad
 
-    settings = ftfy.TextFixerConfig(
-        unescape_html=False,
-        remove_terminal_escapes=False,
-        fix_latin_ligatures=False,
-        fix_character_width=False,
-        uncurl_quotes=False,
-        fix_line_breaks=False,
-        fix_surrogates=False,
-        remove_control_chars=False,
-        normalization=None,
-    )
-    return str(ftfy.fix_text(text, settings))
+    if text.isascii() or not is_bad(text):
+        return text
+    lines = text.split("\n")
+    fixed = {line: ftfy.fix_encoding(line) for line in set(lines) if not line.isascii() and is_bad(line)}
+    return "\n".join(fixed.get(line, line) for line in lines)

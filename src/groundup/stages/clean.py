@@ -158,17 +158,17 @@ class _Job:
         if self.fault is not None:
             raise self.fault
         num_bad = ledger.quarantined.total()
+        bad_fraction = num_bad / max(1, ledger.read)
         where = self.folder / "quarantine" / "quarantine.jsonl"
-        if num_bad > WARN_BAD_FRACTION * ledger.read:
-            fraction = num_bad / ledger.read
-            self.log.warn("W-BAD-ROWS", f"{fraction:.1%} of {ledger.read:,} rows set aside: {ledger.reasons()}")
-            if limit is not None and fraction > limit:
-                raise DataError(
-                    "E-DATA-BAD",
-                    what=f"{fraction:.1%} of the rows cannot be used, more than corpus.max_bad_fraction allows ({limit:.1%})",
-                    where=where,
-                    next="mend the rows that are listed there",
-                )
+        if bad_fraction > WARN_BAD_FRACTION:
+            self.log.warn("W-BAD-ROWS", f"{bad_fraction:.1%} of {ledger.read:,} rows set aside: {ledger.reasons()}")
+        if limit is not None and bad_fraction > limit:
+            raise DataError(
+                "E-DATA-BAD",
+                what=f"{bad_fraction:.2%} of the rows cannot be used, corpus.max_bad_fraction allows {limit:.2%}",
+                where=where,
+                next="mend the rows that are listed there",
+            )
         if ledger.kept == 0:
             raise DataError(
                 "E-DATA-EMPTY",
