@@ -1,0 +1,210 @@
+"""Curves of a training stage as SVG: text stays text, colours are CSS variables, the same numbers give the same bytes."""
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from groundup.report.numbers import short
+from groundup.report.read import Points, StageRecord
+
+NUM_COLOURS = 4
+MAX_MARKS = 24
+MAX_POINTS = 240
+"""Points a curve is thinned to; the page must stay small, and a screen shows no more."""
+WIDTH, HEIGHT = 5.0, 3.0
+"""Inches of 72 CSS pixels: the size at which the text is as large as the page's small text, on a phone."""
+
+# matplotlib knows no CSS: it draws in these colours, each of which is then replaced by a variable of the page
+INK, GRID = "#010101", "#020202"
+SERIES = [f"#03030{number}" for number in range(NUM_COLOURS)]
+VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "groundup",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "path.simplify": True,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart."""
+
+    label: str
+    points: Points
+    colour: int
+    is_faint: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the steps of a stage."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    has_log_axis: bool = False
+    """Logarithmic where the values span enough for it."""
+    marks: tuple[int, ...] = ()
+    """Steps at which something happened."""
+
+    @property
+    def legend(self) -> list[Line]:
+        """The curves that need a name."""
+        return list(self.lines) if len(self.lines) > 1 else []
+
+
+def stage_charts(stage: StageRecord) -> list[Chart]:
+    """The charts of a stage that have something to show."""
+    marks = sorted({event.step for event in stage.events if event.kind in ("resume", "spike", "skip")})
+    marks = marks[:: len(marks) // MAX_MARKS + 1]
+    losses = _validation_lines(stage, "loss")
+    perplexities = _validation_lines(stage, "perplexity")
+    smooth = smoothed(stage.loss)
+    train_perplexity = Points(smooth.steps, tuple(math.exp(min(value, 50.0)) for value in smooth.values))
+    charts = [
+        Chart("Loss", "nats per token", (*_raw_and_smoothed("train", stage.loss, 0), *losses), marks=tuple(marks)),
+        Chart("Perplexity", "perplexity", (Line("train", train_perplexity, 0), *perplexities), has_log_axis=True),
+        Chart("Bits per byte", "bits per byte", tuple(_validation_lines(stage, "bits_per_byte"))),
+        Chart(
+            "Learning rate",
+            "learning rate",
+            tuple(Line(name, points, number) for number, (name, points) in enumerate(stage.lr.items())),
+        ),
+        Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, tuple(marks)),
+        Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2)),
+    ]
+    filled = [(chart, tuple(line for line in chart.lines if len(line.points))) for chart in charts]
+    return [Chart(c.title, c.unit, lines, c.has_log_axis, c.marks) for c, lines in filled if lines]
+
+
+def _raw_and_smoothed(label: str, points: Points, colour: int) -> tuple[Line, ...]:
+    smooth = smoothed(points)
+    if smooth is points:
+        return (Line(label, points, colour),)
+    return Line(label, points, colour, is_faint=True), Line("smoothed", smooth, colour)
+
+
+def _validation_lines(stage: StageRecord, figure: str) -> list[Line]:
+    """One curve a validation set; where there is one set only, it needs no name of its own."""
+    sets = stage.validation.get(figure, {})
+    return [
+        Line("validation" if len(sets) == 1 or name == "validation" else f"validation {name}", points, number)
+        for number, (name, points) in enumerate(sets.items(), start=1)
+    ]
+
+
+def smoothed(points: Points) -> Points:
+    """A mean over about a fortieth of the run, centred, so that it lags behind nothing; short runs stay as they are."""
+    half = len(points) // 80
+    if half < 1:
+        return points
+    sums = list(itertools.accumulate(points.values, initial=0.0))
+    values = []
+    for i in range(len(points)):
+        reach = min(half, i, len(points) - 1 - i)  # narrower at the ends, but never to one side
+        values.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return Points(points.steps, tuple(values))
+
+
+def thinned(points: Points, max_points: int = MAX_POINTS) -> Points:
+    """At most `max_points` points: the smallest and the largest of each bin, so that no spike is lost."""
+    if len(points) <= max_points:
+        return points
+    num_bins = max_points // 2 - 1  # one bin's worth is left for the first and the last point
+    chosen = {0, len(points) - 1}
+    for number in range(num_bins):
+        inside = range(number * len(points) // num_bins, (number + 1) * len(points) // num_bins)
+        chosen |= {min(inside, key=points.values.__getitem__), max(inside, key=points.values.__getitem__)}
+    order = sorted(chosen)
+    return Points(tuple(points.steps[i] for i in order), tuple(points.values[i] for i in order))
+
+
+def draw(chart: Chart) -> str:
+    """The chart as an SVG element for a page that defines --muted, --line and --series-0 to --series-3."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the page
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        for line in chart.lines:
+            points = thinned(line.points)
+            axes.plot(
+                points.steps,
+                points.values,
+                color=SERIES[line.colour % NUM_COLOURS],
+                alpha=0.35 if line.is_faint else 1.0,
+                linewidth=0.8 if line.is_faint else 1.6,
+                marker="o" if len(points) <= 12 else "",
+                markersize=3.5,
+                solid_joinstyle="round",
+            )
+        for step in chart.marks:
+            axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
+        axes.set_xlabel("step")
+        axes.set_ylabel(chart.unit)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.margins(x=0.02, y=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if ticks := _log_ticks(chart):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(FixedLocator(ticks))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _for_page(buffer.getvalue(), f"{chart.title}, {chart.unit}, over steps")
+
+
+def _log_ticks(chart: Chart) -> list[float]:
+    """Ticks at 1, 2 and 5 of each power of ten, or fewer; none where a linear axis shows more."""
+    values = [value for line in chart.lines for value in line.points.values]
+    low, high = min(values), max(values)
+    if not chart.has_log_axis or low <= 0 or high < 8 * low:
+        return []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = _ticks_between(low, high, digits)
+        if len(ticks) <= 6:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / 6)]
+
+
+def _ticks_between(low: float, high: float, digits: Sequence[int]) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for power in powers for digit in digits if low <= (tick := digit * 10.0**power) <= high]
+
+
+def _for_page(svg: str, description: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<svg [^>]*?viewBox=\"([^\"]+)\"[^>]*>", rf'<svg viewBox="\1" role="img" aria-label="{description}">', svg
+    )
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # several charts stand on one page: ids would repeat
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"font-family: [^;\"]*; |(?<=px) '[^;\"]*", "", svg).replace("font: ", "font-size: ")
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r"\s*\n\s*", "\n", svg)

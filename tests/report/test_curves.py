@@ -1,0 +1,83 @@
+"""Curves: small, deterministic, coloured by the page, and true to spikes."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from groundup.report.curves import VARIABLES, Chart, Line, draw, smoothed, stage_charts, thinned
+from groundup.report.read import Points, read_run
+
+NUMBERS = Points(tuple(range(1, 2001)), tuple(5 - step / 500 + step % 7 / 10 for step in range(1, 2001)))
+
+
+def chart(points=NUMBERS, **how):
+    return Chart("Loss", "nats per token", (Line("train", points, 0),), **how)
+
+
+def test_drawing_is_deterministic_and_small():
+    svg = draw(chart(marks=(100,)))
+    assert svg == draw(chart(marks=(100,)))
+    assert len(svg) < 12_000
+
+
+def test_drawing_is_well_formed_and_has_text_units_and_the_colours_of_the_page():
+    svg = draw(chart())
+    ElementTree.fromstring(svg)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"step", "nats per token", "400"} <= set(texts)
+    assert "var(--series-0)" in svg
+    assert not any(colour in svg for colour in VARIABLES)
+    assert not re.search(r"#[0-9a-f]{6}|<metadata|http:|\d\.\d{2,}[ \"]", svg)
+
+
+def test_small_numbers_keep_their_digits_on_the_axis():
+    svg = draw(chart(Points((1, 2, 3), (0.0, 0.0025, 0.01))))
+    assert ">0.0025<" in svg
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        Points((1,), (2.0,)),
+        Points((1, 2), (3.0, 3.0)),
+        Points((1, 2), (0.0, 0.0)),
+        Points((5, 9), (1e-12, 1e12)),
+        Points((10**9, 2 * 10**9), (1.0, 2.0)),
+    ],
+)
+@pytest.mark.parametrize("has_log_axis", [False, True])
+def test_odd_values_can_be_drawn(points, has_log_axis):
+    ElementTree.fromstring(draw(chart(points, has_log_axis=has_log_axis)))
+
+
+def test_thinning_keeps_ends_and_spikes():
+    values = [1.0] * 10_000
+    values[4321] = 99.0
+    thin = thinned(Points(tuple(range(10_000)), tuple(values)))
+    assert len(thin) <= 240
+    assert (thin.steps[0], thin.steps[-1]) == (0, 9999)
+    assert (4321, 99.0) in zip(thin.steps, thin.values, strict=True)
+    assert list(thin.steps) == sorted(set(thin.steps))
+
+
+def test_smoothing_does_not_lag():
+    line = Points(tuple(range(400)), tuple(float(step) for step in range(400)))
+    assert smoothed(line).values == pytest.approx(line.values)
+    noisy = Points(line.steps, tuple(float(step % 2) for step in range(400)))
+    assert all(0.3 < value < 0.7 for value in smoothed(noisy).values[10:-10])
+
+
+def test_short_run_is_not_smoothed():
+    points = Points(tuple(range(20)), (1.0,) * 20)
+    assert smoothed(points) is points
+
+
+def test_charts_without_values_are_left_out(finished_run):
+    titles = [chart.title for chart in stage_charts(read_run(finished_run).stages[0])]
+    assert titles == ["Loss", "Perplexity", "Bits per byte", "Learning rate", "Gradient norm", "Speed"]
+
+
+def test_events_are_marked_on_the_loss(finished_run):
+    loss = stage_charts(read_run(finished_run).stages[0])[0]
+    assert loss.marks == (30, 60)
