@@ -45,6 +45,16 @@ def test_the_first_of_equal_texts_stays():
     assert survivors(texts, DedupConfig(exact=False)) == list(range(8))  # too short for near duplicates
 
 
+def test_copies_and_short_texts_are_not_compared():
+    texts = [" ".join(words(0, 50)), "too short", "short too", " ".join(words(0, 50)), " ".join(words(0, 50))]
+    table = FingerprintTable(CONFIG)
+    for fingerprint in fingerprints(texts, CONFIG):
+        table.add(fingerprint)
+    num_read: list[int] = []
+    near = table.near_duplicates(lambda number: num_read.append(number) or unique_ngrams(""), table.exact_duplicates())
+    assert not near.any() and not num_read
+
+
 def test_similar_texts_are_near_duplicates_of_the_first():
     base = words(0, 200)
     similar, other = changed(base, 100), changed(base, *range(0, 200, 4))

@@ -1,7 +1,9 @@
 """JSON lines and arrays: every good row arrives, every bad one is set aside with its bytes and place."""
 
+import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,16 @@ def test_a_large_element_is_set_aside(tmp_path):
     data = b'[{"text":"a"}, {"text":"' + b"x" * 3_000_000 + b'"}, {"text":"c"}]'
     rows = read(tmp_path, data, read_json, max_bytes=1_000_000)
     assert [getattr(row, "text", None) or row.code for row in rows] == ["a", "W-ROW-SIZE", "c"]
+
+
+def test_an_element_without_end_is_never_held():
+    tracemalloc.start()
+    blocks = itertools.chain([b'[{"text":"'], itertools.repeat(b"x" * 65_536, 500))
+    (chunk,) = split_array(blocks, 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert chunk.data is None and chunk.num_bytes == 500 * 65_536 + 9
+    assert peak < 3 << 20
 
 
 def test_json_lines_in_a_json_file(tmp_path):

@@ -137,7 +137,9 @@ class Chunk:
 
 def split_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Chunk]:
     r"""Lines, split at b"\n" only; a b"\r" before it is dropped. Lines over the limit are counted, never held."""
-    offset, number, skipped, rest = 0, 1, 0, b""
+    offset, number, skipped = 0, 1, 0
+    held: list[bytes] = []
+    num_held = 0
     for block in blocks:
         if skipped:
             end = block.find(b"\n")
@@ -146,13 +148,17 @@ def split_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[Chunk]:
                 continue
             yield Chunk(offset, number, skipped + end, None)
             offset, number, skipped, block = offset + skipped + end + 1, number + 1, 0, block[end + 1 :]
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            yield Chunk(offset, number, len(line), line.removesuffix(b"\r") if len(line) <= max_bytes else None)
-            offset, number = offset + len(line) + 1, number + 1
-        if len(rest) > max_bytes:
-            skipped, rest = len(rest), b""
+        held.append(block)
+        num_held += len(block)
+        if b"\n" in block:
+            *lines, rest = b"".join(held).split(b"\n")
+            for line in lines:
+                yield Chunk(offset, number, len(line), line.removesuffix(b"\r") if len(line) <= max_bytes else None)
+                offset, number = offset + len(line) + 1, number + 1
+            held, num_held = [rest], len(rest)
+        if num_held > max_bytes:
+            skipped, held, num_held = num_held, [], 0
     if skipped:
         yield Chunk(offset, number, skipped, None, is_cut=True)
-    elif rest:
-        yield Chunk(offset, number, len(rest), rest, is_cut=True)
+    elif num_held:
+        yield Chunk(offset, number, num_held, b"".join(held), is_cut=True)

@@ -40,8 +40,10 @@ def ngram_hashes(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.i
         ngrams ^= ngrams >> np.uint64(29)
         ngrams += hashes[shift : shift + num_windows]
     ngrams = _mixed(ngrams)
-    words_left = np.repeat(np.cumsum(num_words), num_words) - np.arange(len(hashes))
-    return ngrams[words_left[:num_windows] >= NGRAM], np.maximum(num_words - (NGRAM - 1), 0)
+    stays = np.ones(num_windows, np.bool_)
+    crossing = np.subtract.outer(np.cumsum(num_words), np.arange(1, NGRAM))
+    stays[crossing[(crossing >= 0) & (crossing < num_windows)]] = False
+    return ngrams[stays], np.maximum(num_words - (NGRAM - 1), 0)
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
