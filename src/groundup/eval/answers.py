@@ -9,8 +9,8 @@ import torch
 from groundup.data.chat_rows import PackedChats
 from groundup.data.chats import Chat
 from groundup.data.rows import read_batch
+from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
-from groundup.generate.sampling import SamplingConfig
 from groundup.model.causal_lm import CausalLM
 from groundup.tokenizer.chat import ChatEncoder
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from groundup.base.errors import ConfigError
-from groundup.generate.sampling import SamplingConfig, draw
+from groundup.generate.config import SamplingConfig
+from groundup.generate.sampling import draw
 from groundup.model.cache import KVCache
 from groundup.model.causal_lm import CausalLM
 

@@ -1,24 +1,9 @@
 """From logits to the next token."""
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from groundup.base.config import Config
-
-
-class SamplingConfig(Config):
-    """How a token is drawn; temperature 0 takes the likeliest."""
-
-    temperature: NonNegativeFloat = 0.8
-    top_k: NonNegativeInt = 0
-    """Draw from the k likeliest tokens; 0 takes all."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Draw from the fewest tokens whose probabilities reach this sum (Holtzman et al., arXiv:1904.09751)."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    """Draw from tokens at least this likely relative to the likeliest (Nguyen et al., arXiv:2407.01082)."""
-    max_new_tokens: PositiveInt = 256
-    seed: int = 0
+from groundup.generate.config import SamplingConfig
 
 
 def keep_mask(logits_BV: Tensor, config: SamplingConfig) -> Tensor:

@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
+from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete, stream_tokens
-from groundup.generate.sampling import SamplingConfig
 from groundup.model.causal_lm import CausalLM
 from groundup.tokenizer.bpe import TextTokenizer
 

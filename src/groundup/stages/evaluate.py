@@ -20,7 +20,7 @@ from groundup.eval.answers import Answer, answer_figures, answer_loss, answer_qu
 from groundup.eval.compressors import compressor_figures
 from groundup.eval.config import EvalConfig
 from groundup.eval.perplexity import TextMeasure, measure_texts
-from groundup.generate.sampling import SamplingConfig
+from groundup.generate.config import SamplingConfig
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.chat_data import ChatData, data_hash, load_chats
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
@@ -30,14 +30,15 @@ from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_templat
 
 CODE_VERSION = 1
 NUM_EXAMPLES = 8
+TEXT_SETTINGS = ("window", "stride", "prime_bytes")
 
 
 def evaluate_pretrain(work: Work) -> dict[str, Any]:
     """Bits per byte of the run's held-out text beside compressors; written to eval.json and the stage's summary."""
     folder = work.path("pretrain")
-    return _once(
-        work, "pretrain", folder / "model", {}, lambda: _text_figures(work, folder / "model", with_compressors=True)
-    )
+    model = folder / "model"
+    settings = {name: value for name, value in numerics(work.recipe.eval).items() if name in TEXT_SETTINGS}
+    return _once(work, "pretrain", model, settings, {}, lambda: _text_figures(work, model, with_compressors=True))
 
 
 def evaluate_finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
@@ -51,11 +52,23 @@ def evaluate_finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
             next="run `groundup merge` for an adapter, or the stage itself",
         )
     config = section_of(work, stage)
-    return _once(work, stage, folder, data_hash(config.data), lambda: _chat_figures(work, stage, folder))
+    return _once(
+        work,
+        stage,
+        folder,
+        numerics(work.recipe.eval),
+        data_hash(config.data),
+        lambda: _chat_figures(work, stage, folder),
+    )
 
 
 def _once(
-    work: Work, stage: str, model: Path, data: dict[str, str], measure: Callable[[], dict[str, Any]]
+    work: Work,
+    stage: str,
+    model: Path,
+    settings: dict[str, Any],
+    data: dict[str, str],
+    measure: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """Measure, unless eval.json holds the figures of this very model, data and config."""
     began = time.monotonic()
@@ -63,7 +76,7 @@ def _once(
     tokens = read_manifest(work.path("tokens"))
     key = {
         "code_version": CODE_VERSION,
-        "eval": numerics(work.recipe.eval),
+        "eval": settings,
         "data": data,
         "model": "+".join(sha256_of(path) for path in sorted(model.glob("*.safetensors"))),
         "tokens": tokens.output_hash("validation-") if tokens else None,
@@ -215,4 +228,6 @@ def evaluate_text(model_folder: Path, texts: Iterator[str], config: EvalConfig) 
             yield [tokenizer.end_of_text_id, *tokenizer.encode(text)], len(kept[-1])
 
     measure = measure_texts(load_model(model_folder), encoded(), window=config.window, stride=config.stride)
+    if not measure.num_tokens:
+        return {}
     return text_measure_figures(measure, config) | compressor_figures(b"".join(kept), b"")

@@ -15,8 +15,8 @@ from groundup.base.files import read_json, sha256_of, write_json
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import load_model, read_eos_ids, save_model
 from groundup.data.chat_rows import PackedChats
+from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
-from groundup.generate.sampling import SamplingConfig
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
 from groundup.stages.config import FinetuneConfig
@@ -129,11 +129,13 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """Hash of a model's weights: from the stage's manifest where it has one, else of the files themselves."""
+    """Hash of a model's weights: the same wherever the directory stands; read from the stage's manifest where it can."""
     manifest = read_manifest(folder.parent)
-    if manifest is not None and any(name.startswith("model/") for name in manifest.files):
-        return manifest.output_hash("model/model")
-    return "+".join(sha256_of(path) for path in sorted(folder.glob("*.safetensors")))
+    hashes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        entry = manifest.files.get(f"{folder.name}/{path.name}") if manifest is not None else None
+        hashes.append(str(entry["sha256"]) if entry is not None else sha256_of(path))
+    return "+".join(hashes)
 
 
 def check_tokenizer(model: CausalLM, tokenizer: TextTokenizer, where: Path) -> None:

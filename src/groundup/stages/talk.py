@@ -9,7 +9,7 @@ import torch
 from groundup.base.log import Log
 from groundup.base.machine import num_cores
 from groundup.checkpoint.huggingface import load_model, read_eos_ids
-from groundup.generate.sampling import SamplingConfig
+from groundup.generate.config import SamplingConfig
 from groundup.generate.text import stream_text
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import ChatEncoder

@@ -1,0 +1,352 @@
+"""The command line: one command a stage. Parses, calls, prints errors; torch is imported only by what runs."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+
+from groundup.base.config import section_help
+from groundup.base.errors import ConfigError, GroundupError, Preempted
+from groundup.base.log import Log
+
+app = App(
+    name="groundup",
+    help="Train language models from the ground up: raw text in, a chatting model out.",
+    version_flags=["--version"],
+    help_format="plaintext",
+    result_action="return_value",
+)
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+RunsDir = Annotated[Path, Parameter(help="Folder that the runs stand in.")]
+AllowChange = Annotated[
+    tuple[str, ...], Parameter(help="Go on with an unfinished stage although this setting changed.")
+]
+Restart = Annotated[bool, Parameter(negative="", help="Begin the stage again.")]
+
+
+def _overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` pairs. Raises ConfigError for anything else."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(tokens)
+    while rest:
+        option = rest.pop(0)
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not name:
+            raise ConfigError(
+                "E-CLI", what=f"do not understand {option!r}", next="settings are given as --section.key VALUE"
+            )
+        if not equals:
+            if not rest:
+                raise ConfigError("E-CLI", what=f"--{name} needs a value", next=f"write --{name} VALUE")
+            value = rest.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def _stage_help(*sections: str) -> str:
+    """The recipe's settings of some sections, for a command's help."""
+    from groundup.stages.recipe import Recipe
+
+    rows = []
+    for option, default, text in section_help(Recipe, ""):
+        if option.removeprefix("--").split(".")[0] in sections:
+            rows.append(f"  {option}  [{default}]\n      {text}" if text else f"  {option}  [{default}]")
+    return "Settings of the recipe, each can be given here:\n\n" + "\n".join(rows)
+
+
+def _work(recipe: str, tokens: Sequence[str], runs_dir: Path, allow_change: Sequence[str], restart: bool) -> Any:
+    from groundup.base.artifact import ChangePolicy, RunFolder
+    from groundup.stages.recipe import load_recipe
+    from groundup.stages.work import Work
+
+    loaded = load_recipe(recipe, _overrides(tokens))
+    return Work(loaded, RunFolder(runs_dir / loaded.name), Log(), ChangePolicy(tuple(allow_change), restart))
+
+
+def _run_stage(
+    stage: str, recipe: str, tokens: Sequence[str], runs_dir: Path, allow_change: Sequence[str], restart: bool
+) -> None:
+    work = _work(recipe, tokens, runs_dir, allow_change, restart)
+    from groundup.stages.run import run_stages
+
+    run_stages(work, (stage,))
+
+
+STAGE_COMMANDS = {
+    "clean": ("Clean and deduplicate text into corpus/.", ("corpus",)),
+    "tokenizer": ("Train the tokenizer, or take an existing one.", ("tokenizer",)),
+    "tokenize": ("Turn the corpus into token files.", ("tokens",)),
+    "pretrain": ("Train a model from random weights.", ("pretrain", "model", "seed")),
+    "sft": ("Fine-tune on chats.", ("sft", "seed")),
+    "lora": ("Train an adapter on chats.", ("lora", "seed")),
+}
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(
+        recipe: str,
+        *settings: Overrides,
+        runs_dir: RunsDir = Path("runs"),
+        allow_change: AllowChange = (),
+        restart: Restart = False,
+    ) -> None:
+        _run_stage(name, recipe, settings, runs_dir, allow_change, restart)
+
+    command.__doc__ = f"""{STAGE_COMMANDS[name][0]}
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    """
+    return command
+
+
+for _name in STAGE_COMMANDS:
+    app.command(_stage_command(_name), name=_name)
+
+
+@app.command
+def run(
+    recipe: str,
+    *settings: Overrides,
+    runs_dir: RunsDir = Path("runs"),
+    allow_change: AllowChange = (),
+    restart: Restart = False,
+) -> None:
+    """Run every stage of a recipe; the same command again goes on.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    """
+    work = _work(recipe, settings, runs_dir, allow_change, restart)
+    from groundup.stages.run import run_all
+
+    run_all(work)
+
+
+@app.command
+def quickstart(
+    *settings: Overrides,
+    data: Path | None = None,
+    runs_dir: RunsDir = Path("runs"),
+    allow_change: AllowChange = (),
+    restart: Restart = False,
+) -> None:
+    """Raw text to a chatting model in a few minutes, offline, on the Python library's own sources or your text.
+
+    Parameters
+    ----------
+    data
+        A file or folder of text to pretrain on, in place of the embedded text.
+    """
+    overrides: list[str] = list(settings)
+    if data is not None:
+        if not data.exists():
+            raise ConfigError(
+                "E-CONFIG-FILE", what="no such file or folder", where=data, next="give the path of your text"
+            )
+        stem = "".join(
+            char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in data.resolve().stem
+        )
+        overrides += ["--corpus.source", str(data), "--name", f"quickstart-{stem.lstrip('.')[:50]}"]
+    work = _work("quickstart", overrides, runs_dir, allow_change, restart)
+    from groundup.stages.quickstart import run_quickstart
+
+    run_quickstart(work, has_own_data=data is not None)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: str,
+    *settings: Overrides,
+    text: str | None = None,
+    text_field: str = "text",
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Measure the stages of a recipe, or a model on any text.
+
+    Parameters
+    ----------
+    target
+        A recipe; or, with --text, a model directory or a run.
+    text
+        File, folder or glob of text to measure the model on.
+    text_field
+        Name of the text's field in jsonl, json, csv and parquet rows.
+    """
+    if text is None:
+        work = _work(target, settings, runs_dir, (), False)
+        from groundup.stages.run import run_evaluations
+
+        run_evaluations(work)
+        return
+    from groundup.stages.evaluate_text import evaluate_model_on
+
+    evaluate_model_on(target, text, text_field, _overrides(settings), Log())
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str = "",
+    *,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> None:
+    """Continue a text.
+
+    Parameters
+    ----------
+    model
+        A model directory, or a run: its last stage.
+    prompt
+        The text to continue.
+    """
+    config = _sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens, seed=seed
+    )
+    from groundup.stages import models, talk
+
+    talk.generate(models.find_model(model), prompt, config)
+
+
+@app.command
+def chat(
+    model: str,
+    *,
+    system: str = "",
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> None:
+    """Talk with a model; Ctrl-C stops an answer, /new begins again, /exit leaves.
+
+    Parameters
+    ----------
+    model
+        A model directory, or a run: its last stage.
+    system
+        What the model is told before the chat.
+    """
+    config = _sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_new_tokens=max_new_tokens, seed=seed
+    )
+    from groundup.stages import models, talk
+
+    talk.chat(models.find_model(model), config, Log(), system=system)
+
+
+def _sampling(**values: Any) -> Any:
+    from groundup.base.config import validate
+    from groundup.generate.config import SamplingConfig
+
+    return validate(SamplingConfig, values, where="command line", lines={})
+
+
+@app.command
+def merge(
+    target: str,
+    *settings: Overrides,
+    base: Path | None = None,
+    to: Path | None = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Merge an adapter into its full-precision base, proved by comparing logits.
+
+    Parameters
+    ----------
+    target
+        A recipe whose lora stage is finished; or, with --base and --to, an adapter's directory.
+    base
+        The model directory the adapter was trained on.
+    to
+        Where the merged model goes.
+    """
+    if base is None or to is None:
+        if (Path(target) / "adapter_config.json").is_file():
+            raise ConfigError("E-CLI", what="an adapter needs its base", next="give --base MODEL and --to FOLDER")
+        work = _work(target, settings, runs_dir, (), False)
+        from groundup.stages.run import run_stages
+
+        run_stages(work, ("merge",))
+        return
+    if to.exists() and any(to.iterdir()):
+        raise ConfigError("E-OUT-EXISTS", what="the target folder is not empty", where=to, next="name a new folder")
+    from groundup.stages.merge import merge_adapter
+    from groundup.stages.models import find_model
+
+    figures = merge_adapter(Path(target), find_model(str(base)), to)
+    Log().say(f"merged into {to}  largest difference of logits {figures['merge_max_logit_difference']:.2e}")
+
+
+@app.command
+def export(model: str, *, to: Path, dtype: str = "fp32") -> None:
+    """Write a model as a Hugging Face directory.
+
+    Parameters
+    ----------
+    model
+        A model directory, or a run: its last stage.
+    to
+        A new folder.
+    dtype
+        fp32, bf16 or fp16.
+    """
+    from groundup.stages.models import export_model
+
+    Log().say(f"exported to {export_model(model, to, dtype)}")
+
+
+@app.command
+def report(run: Path) -> None:
+    """Write a run's report.html: one self-contained page.
+
+    Parameters
+    ----------
+    run
+        A run's folder.
+    """
+    from groundup.stages.report import make_report
+
+    make_report(run, Log())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with the error's code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
+            app[arguments[0]].help_epilogue = _stage_help(*STAGE_COMMANDS[arguments[0]][1])
+        app(arguments, exit_on_error=False, print_error=False)
+    except Preempted as stop:
+        print(stop.line(), file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except GroundupError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"ERROR {error.line()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except CycloptsError as error:
+        print(f"ERROR E-CLI: {' '.join(str(error).split())} See `groundup --help`.", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what was finished", file=sys.stderr)
+        sys.exit(75)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,61 @@
+"""The whole way: every stage of a recipe in order, each skipped where its finished result stands."""
+
+from collections.abc import Callable, Iterable
+
+from groundup.stages.clean import clean
+from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
+from groundup.stages.finetune import finetune
+from groundup.stages.merge import merge
+from groundup.stages.pretrain import pretrain
+from groundup.stages.recipe import Recipe, write_recipe
+from groundup.stages.report import make_report
+from groundup.stages.tokenize import tokenize
+from groundup.stages.train_tokenizer import train_tokenizer
+from groundup.stages.work import Work
+
+STAGES: dict[str, Callable[[Work], object]] = {
+    "clean": lambda work: clean(work.needed(work.recipe.corpus, "corpus"), work.run, work.log, work.policy),
+    "tokenizer": train_tokenizer,
+    "tokenize": tokenize,
+    "pretrain": pretrain,
+    "eval pretrain": evaluate_pretrain,
+    "sft": lambda work: finetune(work, "sft"),
+    "eval sft": lambda work: evaluate_finetune(work, "sft"),
+    "lora": lambda work: finetune(work, "lora"),
+    "merge": merge,
+    "eval lora": lambda work: evaluate_finetune(work, "lora"),
+    "report": lambda work: make_report(work.run.path, work.log),
+}
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """Names of the stages a recipe asks for, in order."""
+    names = []
+    if recipe.corpus is not None:
+        names += ["clean", "tokenizer", "tokenize"]
+    if recipe.pretrain is not None:
+        names += ["pretrain", "eval pretrain"]
+    if recipe.sft is not None:
+        names += ["sft", "eval sft"]
+    if recipe.lora is not None:
+        names += ["lora", *(["merge"] if recipe.lora.adapter != "none" else []), "eval lora"]
+    return [*names, "report"]
+
+
+def run_stages(work: Work, names: Iterable[str]) -> None:
+    """Run some stages under the run's lock; the resolved recipe is written beside them."""
+    with work.run.lock():
+        write_recipe(work.recipe, work.path("recipe.yaml"))
+        for name in names:
+            STAGES[name](work)
+
+
+def run_all(work: Work) -> None:
+    """Run every stage of the recipe."""
+    run_stages(work, stages_of(work.recipe))
+
+
+def run_evaluations(work: Work) -> None:
+    """Measure every finished training stage of the recipe."""
+    names = [name for name in stages_of(work.recipe) if name.startswith("eval ")]
+    run_stages(work, [name for name in names if (work.path(name.removeprefix("eval ")) / "model").is_dir()])
