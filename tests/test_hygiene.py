@@ -1,6 +1,7 @@
 """What no file of ours may contain: ways to run code from data, silenced errors, files that grew too long."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,22 @@ def test_no_file_is_too_long():
     }
     long = {name: length for name, length in lengths.items() if length > MAX_LINES and name not in EXPLAINED}
     assert not long, f"split, or say why in EXPLAINED: {long}"
+
+
+def shape_letters(source: str) -> set[str]:
+    """Letters of the shapes in which names of a file end, as in `x_BTD`."""
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arg)}
+    return {letter for name in names if (match := re.fullmatch(r"[a-z]\w*?_([A-Z1]+)", name)) for letter in match[1]}
+
+
+def test_shapes_use_the_letters_of_the_legend():
+    legend = set(re.findall(r"^\| \*\*(.)\*\* \|", (REPOSITORY / "docs" / "shapes.md").read_text(), re.MULTILINE))
+    assert len(legend) > 9, "the legend was not found"
+    for path in python_files("src/groundup/model", "src/groundup/adapters", "src/groundup/parallel"):
+        unknown = shape_letters(path.read_text()) - legend
+        assert not unknown, f"{path}: {unknown} is not in docs/shapes.md"
+    assert shape_letters("def f(x_BTQ): y_1Z = x_BTQ; LEFT_B = k_proj") == set("BTQ1Z")
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,9 @@ def write_run(run: Path, *, num_steps: int = 120) -> Path:
     (run / "corpus" / "ledger.json").write_text(json.dumps(ledger))
     (run / "tokenizer" / "summary.json").write_text(json.dumps({"vocab_size": 4096, "bytes_per_token": 3.42}))
     tokens = {
-        "train_tokens": 3_164_000,
-        "validation_tokens": 66_100,
-        "train_documents": 2560,
-        "validation_documents": 50,
+        "train": {"documents": 2560, "bytes": 10_820_000, "tokens": 3_164_000},
+        "validation": {"documents": 50, "bytes": 230_000, "tokens": 66_100},
+        "seconds": 3.1,
     }
     (run / "tokens" / "summary.json").write_text(json.dumps(tokens))
     pretrain = {

@@ -145,6 +145,16 @@ def test_panel_of_a_missing_file_is_left_out(copied_run, missing, heading, monke
     assert {link[1:] for link in outline.links if link.startswith("#")} <= set(outline.ids)
 
 
+def test_bars_need_something_to_compare(copied_run, monkeypatch):
+    monkeypatch.setattr("groundup.report.page.draw", lambda chart: "<svg></svg>")
+    (copied_run / "pretrain" / "summary.json").write_text('{"bits_per_byte": 1.5}')
+    assert "beside compressors" not in write_report(copied_run).read_text(encoding="utf-8")
+    (copied_run / "pretrain" / "summary.json").write_text('{"bits_per_byte": 1.5, "xz_bits_per_byte": 2.0}')
+    page = write_report(copied_run).read_text(encoding="utf-8")
+    assert "beside compressors" in page
+    assert '<span style="width:75.00%">' in page
+
+
 def test_unfinished_run_shows_what_it_has(tmp_path):
     attempt = tmp_path / ".attempts" / "pretrain"
     attempt.mkdir(parents=True)

@@ -172,7 +172,7 @@ def draw(chart: Chart) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     return _for_page(buffer.getvalue(), f"{chart.title}, {chart.unit}, over steps")
 
 

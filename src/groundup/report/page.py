@@ -209,11 +209,12 @@ def _data_tiles(run: RunRecord) -> list[Tile]:
 
 
 def _splits(tokens: Mapping[str, Any]) -> list[Bar]:
-    """Tokens for training and for validation, whether the summary nests them or not."""
-    flat = {name.replace(".", "_").replace("num_", ""): value for name, value in flatten(tokens).items()}
-    found = {split: flat.get(f"{split}_tokens") for split in ("train", "validation")}
-    counts = {split: float(value) for split, value in found.items() if value is not None and is_number(value)}
-    total = max(sum(counts.values()), 1.0)
+    counts = {
+        split: tokens[split]["tokens"]
+        for split in ("train", "validation")
+        if isinstance(tokens.get(split), Mapping) and is_number(tokens[split].get("tokens"))
+    }
+    total = max(sum(counts.values()), 1)
     return [
         Bar(f"tokens for {'training' if split == 'train' else split}", numbers.whole(count), count / total, "kept")
         for split, count in counts.items()
