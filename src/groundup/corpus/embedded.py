@@ -29,7 +29,8 @@ PARAMETER_QUESTIONS = (
 MIN_ANSWER_CHARACTERS, MAX_ANSWER_CHARACTERS = 12, 200
 MIN_PROSE_FRACTION = 0.85
 """Least share of letters, spaces, commas and full stops in an answer: signatures and tables have fewer."""
-MAX_PARAMETERS = 6
+MIN_PARAMETERS, MAX_PARAMETERS = 2, 6
+"""A single name is nearly always `self`, which could be learned without reading the question."""
 MAX_LINE_CHARACTERS = 120
 
 
@@ -65,7 +66,7 @@ def parameter_chats() -> Iterator[dict[str, Any]]:
     names: set[str] = set()
     lines: set[str] = set()
     for found in _definitions():
-        if not 1 <= len(found.parameters) <= MAX_PARAMETERS or found.name in names or found.line in lines:
+        if not MIN_PARAMETERS <= len(found.parameters) <= MAX_PARAMETERS or found.name in names or found.line in lines:
             continue
         if len(found.line) > MAX_LINE_CHARACTERS or not found.line.isascii() or "`" in found.line:
             continue
