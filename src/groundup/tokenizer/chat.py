@@ -155,8 +155,12 @@ class ChatEncoder:
                 continue
             part_ids = self._encode_rendered(part)
             ids += part_ids
-            mask += [is_supervised] * len(part_ids)
+            mask += [is_supervised and self._says_something(part)] * len(part_ids)
         return EncodedChat(ids, mask)
+
+    def _says_something(self, text: str) -> bool:
+        """Whether more than control tokens is left: a model that learns an empty turn learns to say nothing."""
+        return bool((self._control_pattern.sub("", text) if self._control_pattern else text).strip())
 
     def _encode_rendered(self, text: str) -> list[int]:
         if self._control_pattern is None:
