@@ -1,6 +1,7 @@
 """Curves: small, deterministic, coloured by the page, and true to spikes."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -81,3 +82,18 @@ def test_charts_without_values_are_left_out(finished_run):
 def test_events_are_marked_on_the_loss(finished_run):
     loss = stage_charts(read_run(finished_run).stages[0])[0]
     assert loss.marks == (30, 60)
+
+
+def test_a_single_point_gets_no_axes_of_its_own(finished_run):
+    stage = read_run(finished_run).stages[0]
+    last = {"text": Points((120,), (1.1,))}
+    alone = replace(stage, validation={"loss": last, "bits_per_byte": last})
+    charts = {chart.title: chart for chart in stage_charts(alone)}
+    assert "Bits per byte" not in charts
+    assert charts["Loss"].lines[-1].points.steps == (120,)
+
+
+def test_all_charts_of_a_stage_span_its_steps():
+    late = Points((1900, 2000), (1.0, 2.0))
+    assert ">200<" not in draw(chart(late))
+    assert ">1.2k<" in draw(chart(late, num_steps=2000))

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -64,6 +64,8 @@ class Chart:
     """Logarithmic where the values span enough for it."""
     marks: tuple[int, ...] = ()
     """Steps at which something happened."""
+    num_steps: int = 0
+    """Steps of the stage, which the axis spans whatever the curves do; 0 leaves it to them."""
 
     @property
     def legend(self) -> list[Line]:
@@ -91,8 +93,13 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, tuple(marks)),
         Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2)),
     ]
-    filled = [(chart, tuple(line for line in chart.lines if len(line.points))) for chart in charts]
-    return [Chart(c.title, c.unit, lines, c.has_log_axis, c.marks) for c, lines in filled if lines]
+    filled = [
+        replace(chart, lines=lines, num_steps=stage.num_steps)
+        for chart in charts
+        if (lines := tuple(line for line in chart.lines if len(line.points)))
+    ]
+    # a single point, as of a validation at the end only, is told by a figure and needs no axes
+    return [chart for chart in filled if max(len(line.points) for line in chart.lines) >= min(2, stage.num_steps)]
 
 
 def _raw_and_smoothed(label: str, points: Points, colour: int) -> tuple[Line, ...]:
@@ -163,6 +170,8 @@ def draw(chart: Chart) -> str:
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.margins(x=0.02, y=0.08)
+        if chart.num_steps > 1:
+            axes.set_xlim(1 - 0.02 * chart.num_steps, 1.02 * chart.num_steps)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if ticks := _log_ticks(chart):

@@ -260,7 +260,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
+    return text.rstrip() if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
 
 
 def _visible(value: Any) -> Any:
