@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter
 from groundup.base.config import section_help
 from groundup.base.errors import ConfigError, GroundupError, Preempted
 from groundup.base.log import Log
+from groundup.base.machine import prepare_process
 
 app = App(
     name="groundup",
@@ -327,6 +328,7 @@ def report(run: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with the error's code."""
+    prepare_process()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -79,3 +79,13 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
     }
+
+
+def prepare_process() -> None:
+    """Settings that libraries read once, when they are first imported: to be called before torch is.
+
+    Waiting threads sleep instead of spinning, which costs a step up to ten times its time where another process wants
+    the cores; torchao leaves its CUDA files alone, which on a CPU only gives warnings.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")

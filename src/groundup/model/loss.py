@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 1 << 21
@@ -35,12 +36,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for begin in range(0, len(labels_N), rows):
             h_CD, labels_C1 = h_ND[begin : begin + rows], labels_N[begin : begin + rows, None]
-            logits_CV = (h_CD @ weight_VD.t()).float()
-            normalizer_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            losses_N[begin : begin + rows] = (normalizer_C1 - logits_CV.gather(1, labels_C1)).squeeze(1)
+            log_probabilities_CV = F.log_softmax((h_CD @ weight_VD.t()).float(), dim=1)
+            losses_N[begin : begin + rows] = -log_probabilities_CV.gather(1, labels_C1).squeeze(1)
             if not (needs_h or needs_weight):
                 continue
-            grad_CV = logits_CV.sub_(normalizer_C1).exp_()
+            grad_CV = log_probabilities_CV.exp_()
             grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
             grad_CV = grad_CV.to(h_ND.dtype)
             if grad_h_ND is not None:
