@@ -93,7 +93,8 @@ def test_all_panels_are_there(page):
     } <= set(Outline(page).headings)
     assert page.count("<svg") == 18
     assert page.count('<i class="mark"></i>event') == 6  # the losses and gradient norms of three stages
-    for text in ("2,610", "−140", "3,164,000", "1.402", "xz −9e", "98.5 %", "2.4e-5", "min_characters: 32", "8.59 GB"):
+    assert '<span class="value">3,164,000</span>' in page
+    for text in ("2,610", "−140", "1.402", "xz −9e", "98.5 %", "2.4e-5", "min_characters: 32", "8.59 GB"):
         assert text in page, text
 
 
