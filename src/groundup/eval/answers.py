@@ -1,8 +1,9 @@
 """Held-out questions: does the model answer, stop, and answer right."""
 
-from collections.abc import Collection, Sequence
+import ast
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +16,8 @@ from groundup.model.causal_lm import CausalLM
 from groundup.tokenizer.chat import ChatEncoder
 
 ROWS_A_BATCH = 8
+MIN_PARAMETERS = 2
+"""A single word would pass for a list of one name."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,27 @@ class Answer:
     has_stopped: bool
 
     @property
-    def is_right(self) -> bool:
+    def is_exact(self) -> bool:
         """Whether the model stopped by itself after exactly the reference, white space at the ends aside."""
         return self.has_stopped and self.answer.strip() == self.reference.strip()
+
+    @property
+    def is_parameter_list(self) -> bool:
+        """Whether the model stopped by itself after names that Python reads as a function's parameters."""
+        if not self.has_stopped or not self.answer.strip() or "\n" in self.answer.strip():
+            return False
+        try:
+            function = ast.parse(f"def function({self.answer.strip()}): pass").body[0]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+        return isinstance(function, ast.FunctionDef) and len(ast.unparse(function.args).split(",")) >= MIN_PARAMETERS
+
+
+Skill = Literal["exact", "parameters"]
+SKILLS: dict[Skill, Callable[[Answer], bool]] = {
+    "exact": lambda answer: answer.is_exact,
+    "parameters": lambda answer: answer.is_parameter_list,
+}
 
 
 @torch.no_grad()
@@ -65,9 +86,10 @@ def answer_figures(answers: Sequence[Answer]) -> dict[str, Any]:
         "mean_answer_length": sum(len(answer.answer) for answer in answers) / len(answers),
         "reference_answer_length": sum(len(answer.reference) for answer in answers) / len(answers),
         "distinct_answers": len({answer.answer for answer in answers}),
+        "exact_rate": sum(answer.is_exact for answer in answers) / len(answers),
     }
 
 
-def right_rate(answers: Sequence[Answer]) -> float:
-    """Share of answers that equal the reference."""
-    return sum(answer.is_right for answer in answers) / len(answers)
+def skill_rate(answers: Sequence[Answer], skill: Skill) -> float:
+    """Share of answers that show the skill."""
+    return sum(SKILLS[skill](answer) for answer in answers) / len(answers)

@@ -25,5 +25,6 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     """Share of the chats held out, chosen by the hash of their group."""
     on_bad_row: Literal["quarantine", "error"] = "quarantine"
     """A chat that cannot be used is set aside with its bytes, or ends the stage."""
-    check: Literal["answers", "exact"] = "answers"
-    """What its evaluation asks: that answers stop and differ, or also that they equal the reference (a skill)."""
+    check: Literal["answers", "exact", "parameters"] = "answers"
+    """What its evaluation asks beyond answers that stop and differ: that they equal the reference, or that they are
+    lists that Python reads as a function's parameters."""

@@ -16,7 +16,7 @@ from groundup.base.machine import num_cores
 from groundup.checkpoint.huggingface import load_model, read_eos_ids
 from groundup.data.chat_rows import PackedChats
 from groundup.data.token_store import TokenStore
-from groundup.eval.answers import Answer, answer_figures, answer_loss, answer_questions, right_rate
+from groundup.eval.answers import Answer, answer_figures, answer_loss, answer_questions, skill_rate
 from groundup.eval.compressors import compressor_figures
 from groundup.eval.config import EvalConfig
 from groundup.eval.perplexity import TextMeasure, measure_texts
@@ -106,6 +106,7 @@ def _line(figures: dict[str, Any]) -> str:
         "mean_answer_length": "answer length",
         "reference_answer_length": "reference",
         "distinct_answers": "distinct",
+        "exact_rate": "exact",
         "skill_rate": "skill rate",
         "skill_rate_before": "before",
     }
@@ -181,9 +182,9 @@ def _chat_figures(work: Work, stage: FinetuneStage, model_folder: Path) -> dict[
     }
     answers = _answers(after, encoder, data, evaluation, eos_ids)
     figures |= answer_figures(answers)
-    if config.check == "exact":
-        figures["skill_rate_before"] = right_rate(_answers(before, encoder, data, evaluation, eos_ids))
-        figures["skill_rate"] = right_rate(answers)
+    if config.check != "answers":
+        figures["skill_rate_before"] = skill_rate(_answers(before, encoder, data, evaluation, eos_ids), config.check)
+        figures["skill_rate"] = skill_rate(answers, config.check)
     text = _text_figures(work, model_folder, with_compressors=False)
     if text:
         figures |= text
