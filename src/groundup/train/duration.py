@@ -24,8 +24,8 @@ def parse(text: str) -> tuple[float, str]:
     if not match or unit not in UNITS:
         raise ValueError(f"a length is a number and one of {', '.join(UNITS)}, such as '500 steps' or '2e9 tokens'")
     number = float(match.group(1))
-    if number <= 0:
-        raise ValueError("a length must be greater than 0")
+    if not 0 < number < math.inf:
+        raise ValueError("a length must be greater than 0 and finite")
     return number, unit
 
 
