@@ -1,0 +1,215 @@
+"""One optimizer step: sums, gradients, precision, state."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from groundup.base.errors import CheckpointError, NumericsError
+from groundup.base.log import Log
+from groundup.data.rows import RowBatch
+from groundup.model.loss import IGNORE_INDEX
+from groundup.model.segments import Segments
+from groundup.optim.config import OptimConfig
+from groundup.train.engine import TorchEngine
+from groundup.train.guard import Guard
+from groundup.train.loop import training_steps
+
+
+def ragged_batch(seed, *, labels=(16, 1, 0, 9, 3, 0, 12, 5)):
+    """Eight rows with very different numbers of supervised tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(0, 400, (len(labels), 16), generator=generator)
+    labels_BT = torch.randint(0, 400, tokens_BT.shape, generator=generator)
+    for row, count in enumerate(labels):
+        labels_BT[row, count:] = IGNORE_INDEX
+    segments = Segments.from_borders(torch.rand(tokens_BT.shape, generator=generator) < 0.1)
+    return RowBatch(tokens_BT, labels_BT, segments, sum(labels))
+
+
+def make_engine(model, *, rows=2, dtype=torch.float32, **changes):
+    return TorchEngine(model, OptimConfig(**changes), dtype=dtype, device="cpu", micro_batch_rows=rows)
+
+
+def gradients_of(engine):
+    return {name: master.grad for name, master in engine.masters.items()}
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten().double() for tensor in tensors.values()])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_do_not_depend_on_the_micro_batch(make_model, seed):
+    model = make_model()
+    batch = ragged_batch(seed)
+    logits_BTV = model.logits(batch.tokens_BT, batch.segments)
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORE_INDEX)
+    loss.backward()
+    expected = flat({name: parameter.grad for name, parameter in model.named_parameters()})
+    for rows in (1, 2, 3, 4, 8):
+        engine = make_engine(make_model(), rows=rows)
+        sums = engine.forward_backward(batch, lambda row: row)
+        assert (flat(gradients_of(engine)) - expected).norm() <= 1e-6 * expected.norm(), f"{rows=}"
+        assert sums.num_loss_tokens == 46 and sums.loss == pytest.approx(loss.item(), rel=1e-6)
+        assert engine.gradient_norm() == pytest.approx(float(expected.norm()), rel=1e-5)
+
+
+def test_a_mean_of_means_would_be_seen(make_model):
+    """The ragged batch tells sums from means: the test above cannot pass by chance."""
+    batch, total = ragged_batch(0), 0.0
+    for row in range(8):
+        part = batch.slice(row, row + 1)
+        sums = make_model()(part.tokens_BT, part.segments, part.labels_BT)
+        total += sums.loss_sum.item() / max(1, sums.num_tokens) / 8
+    engine = make_engine(make_model())
+    assert abs(engine.forward_backward(batch, lambda row: row).loss - total) > 0.1
+
+
+def test_seeds_of_dropout_are_named_by_the_first_row(make_model):
+    seen = []
+    make_engine(make_model(), rows=2).forward_backward(ragged_batch(0), lambda row: seen.append(row) or row)
+    assert seen == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_bf16_trains_fp32_masters(make_model, optimizer):
+    model = make_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = make_engine(model, dtype=torch.bfloat16, optimizer=optimizer, lr=1e-5, muon_lr=1e-5)
+    assert {master.dtype for master in engine.masters.values()} == {torch.float32}
+    assert all(torch.equal(engine.masters[name], before[name]) for name in before), "masters begin unrounded"
+    engine.forward_backward(ragged_batch(0), lambda row: row)
+    assert {gradient.dtype for gradient in gradients_of(engine).values()} == {torch.float32}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    engine.gradient_norm()
+    engine.optimizer_step(1.0)
+    copies = dict(model.named_parameters())
+    assert {copy.dtype for copy in copies.values()} == {torch.bfloat16}
+    for name, master in engine.masters.items():
+        assert not torch.equal(master, before[name]), name
+        assert torch.equal(copies[name], master.to(torch.bfloat16)), name
+    # a step this small is lost in bf16; the masters keep it
+    hidden = "model.layers.0.mlp.up_proj.weight"
+    kept = (copies[hidden] == before[hidden].to(torch.bfloat16)).float().mean()
+    assert kept > 0.8 and not torch.equal(engine.masters[hidden], before[hidden])
+
+
+def test_bf16_gradients_are_near_those_of_fp32(make_model):
+    batch = ragged_batch(0)
+    engines = [make_engine(make_model(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    exact, rounded = (
+        flat(gradients_of(engine)) for engine in engines if engine.forward_backward(batch, lambda row: row)
+    )
+    assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+def test_gradients_are_clipped_to_the_largest_norm(make_model):
+    steps = []
+    for max_grad_norm in (None, 1e9, 0.01):
+        engine = make_engine(make_model(), max_grad_norm=max_grad_norm)
+        engine.forward_backward(ragged_batch(0), lambda row: row)
+        norm = engine.gradient_norm()
+        assert norm > 0.01
+        seen = {}
+        for optimizer in engine.optimizers:
+            optimizer.register_step_pre_hook(lambda *_, engine=engine, seen=seen: seen.update(gradients_of(engine)))
+        engine.optimizer_step(1.0)
+        steps.append(flat({name: seen[name] for name in sorted(seen)}))
+        assert all(master.grad is None for master in engine.masters.values())
+    assert torch.equal(steps[0], steps[1])
+    assert steps[2].norm() == pytest.approx(0.01, rel=1e-5)
+
+
+def run_steps(engine, first, last):
+    for step in range(first, last):
+        engine.forward_backward(ragged_batch(step), lambda row: row)
+        engine.gradient_norm()
+        engine.optimizer_step(1 / (step + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_restored_state_goes_on_bit_for_bit(make_model, optimizer, dtype):
+    one, other = (make_engine(make_model(seed=seed), optimizer=optimizer, dtype=dtype) for seed in (0, 1))
+    run_steps(one, 0, 3)
+    saved = {part: {name: t.clone() for name, t in group.items()} for part, group in one.state_dict().items()}
+    run_steps(one, 3, 5)
+    other.load_state_dict(saved)
+    run_steps(other, 3, 5)
+    for part, group in one.state_dict().items():
+        assert group.keys() == other.state_dict()[part].keys()
+        assert all(torch.equal(group[name], other.state_dict()[part][name]) for name in group), part
+    live = dict(one.model.named_parameters())
+    assert all(torch.equal(live[name], parameter) for name, parameter in other.model.named_parameters())
+    # every tensor of every optimizer is in the state
+    held = sum(len(values) for opt in one.optimizers for values in opt.state.values())
+    assert len(one.state_dict()["optimizer"]) == held > 0
+
+
+def test_a_state_of_another_model_is_refused(make_model):
+    state = make_engine(make_model(model_type="llama")).state_dict()
+    with pytest.raises(CheckpointError, match=r"E-KEYS.*k_norm"):
+        make_engine(make_model()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_gradient_element_stops_the_step(make_model, poison, optimizer):
+    engine = make_engine(make_model(), optimizer=optimizer)
+    run_steps(engine, 0, 1)
+    before = {part: {name: t.clone() for name, t in group.items()} for part, group in engine.state_dict().items()}
+    element = engine.masters["model.layers.1.mlp.down_proj.weight"]
+
+    def spoil(gradient):
+        gradient = gradient.clone()
+        gradient[3, 5] = poison
+        return gradient
+
+    element.register_hook(spoil)
+    steps = training_steps(
+        engine,
+        [ragged_batch(1)],
+        lambda step: 1.0,
+        Guard(Log(quiet=True), lambda step: "chapter 7"),
+        seed_of=lambda step, row: 0,
+        start_step=41,
+    )
+    with pytest.raises(NumericsError, match=r"E-NONFINITE.*chapter 7 at step 42"):
+        next(steps)
+    for part, group in engine.state_dict().items():
+        assert all(torch.equal(group[name], before[part][name]) for name in group), part
+
+
+def test_a_batch_without_labels_is_skipped_and_counted(make_model, capsys):
+    engine = make_engine(make_model())
+    run_steps(engine, 0, 1)
+    before = {part: {name: t.clone() for name, t in group.items()} for part, group in engine.state_dict().items()}
+    empty = ragged_batch(1, labels=(0,) * 8)
+    results = list(
+        training_steps(
+            engine,
+            [empty, ragged_batch(2)],
+            lambda step: 1.0,
+            Guard(Log(), lambda step: f"chapter {step}"),
+            seed_of=lambda step, row: 0,
+            start_step=5,
+        )
+    )
+    assert [result.is_skipped for result in results] == [True, False] and [r.step for r in results] == [6, 7]
+    assert results[0].sums.num_loss_tokens == 0 and results[0].grad_norm == 0 and results[0].lr == {}
+    assert "W-NO-LABELS: step 6 has no supervised token: skipped (chapter 5)" in capsys.readouterr().err
+    # as if the empty batch had never been: the next step is the same
+    alone = make_engine(make_model(seed=1))
+    alone.load_state_dict(before)
+    list(
+        training_steps(
+            alone,
+            [ragged_batch(2)],
+            lambda step: 1.0,
+            Guard(Log(quiet=True), str),
+            seed_of=lambda step, row: 0,
+            start_step=6,
+        )
+    )
+    for part, group in engine.state_dict().items():
+        assert all(torch.equal(group[name], alone.state_dict()[part][name]) for name in group), part

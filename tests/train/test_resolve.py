@@ -1,0 +1,74 @@
+"""What `auto` becomes."""
+
+import pytest
+import torch
+
+from groundup.base import machine
+from groundup.base.errors import ConfigError
+from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, resolve, resolve_once
+
+
+def resolved(config, rows_per_epoch=10, matrix_parameters=1000):
+    return resolve(config, rows_per_epoch=rows_per_epoch, matrix_parameters=matrix_parameters)
+
+
+@pytest.mark.parametrize("row_length", [16, 100, 256, 512, 2048, 5000])
+@pytest.mark.parametrize("batch_rows", [1, 2, 6, 7, 24, 64, 97])
+def test_the_micro_batch_divides_the_batch(make_config, row_length, batch_rows):
+    config = make_config(row_length=row_length, batch_size_tokens=row_length * batch_rows, micro_batch_rows="auto")
+    found = resolved(config)
+    assert found.batch_rows == batch_rows and batch_rows % found.micro_batch_rows == 0
+    assert found.micro_batch_rows == 1 or found.micro_batch_rows * row_length <= CPU_MICRO_BATCH_TOKENS
+
+
+def test_a_micro_batch_is_no_larger_than_the_batch(make_config):
+    assert resolved(make_config(micro_batch_rows=64)).micro_batch_rows == 4
+
+
+@pytest.mark.parametrize(("batch", "nearest"), [(100, 96), (70, 64), (127, 128), (3, 16)])
+def test_a_batch_that_rows_do_not_divide_is_refused_with_the_nearest(make_config, batch, nearest):
+    with pytest.raises(
+        ConfigError, match=f"batch_size_tokens={batch} is not a multiple of row_length=16. Use {nearest}$"
+    ):
+        resolved(make_config(batch_size_tokens=batch))
+    assert resolved(make_config(batch_size_tokens=nearest)).batch_rows == nearest // 16
+
+
+@pytest.mark.parametrize(("is_fast", "precision", "attention"), [(True, "bf16", "chunked"), (False, "fp32", "sdpa")])
+def test_precision_and_attention_follow_the_machine(monkeypatch, make_config, is_fast, precision, attention):
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: is_fast)
+    found = resolved(make_config(precision="auto", attention="auto"))
+    assert (found.precision, found.attention) == (precision, attention)
+    assert found.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert resolved(make_config(precision="auto", attention="dense")).attention == "dense"
+
+
+def test_only_long_runs_with_a_compiler_are_compiled(monkeypatch, make_config):
+    config = make_config(compile="auto")
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
+    assert not resolved(config).compile
+    assert resolved(config, matrix_parameters=10**12).compile
+    monkeypatch.setattr(machine, "has_compiler", lambda: False)
+    assert not resolved(config, matrix_parameters=10**12).compile
+    with pytest.raises(ConfigError, match="E-CONFIG-COMPILE"):
+        resolved(make_config(compile=True))
+
+
+def test_cuda_without_cuda_is_refused(monkeypatch, make_config):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="E-CONFIG-DEVICE"):
+        resolved(make_config(device="cuda"))
+    assert resolved(make_config(device="auto")).device == "cpu"
+
+
+def test_a_resumed_run_keeps_what_it_began_with(monkeypatch, tmp_path, make_config):
+    config = make_config(precision="auto", attention="auto", micro_batch_rows="auto", num_threads="auto")
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(machine, "num_cores", lambda: 7)
+    began = resolve_once(tmp_path, config, **sizes)
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(machine, "num_cores", lambda: 3)
+    assert resolve_once(tmp_path, config, **sizes) == began
+    longer = config.model_copy(update={"duration": "500 steps"})
+    assert resolve_once(tmp_path, longer, **sizes).total_steps == 500

@@ -1,0 +1,42 @@
+"""A look at held-out rows."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from groundup.data.rows import read_batch
+from groundup.train.validation import validation_figures
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 3, 64])
+def test_figures_are_those_of_full_logits(make_model, make_rows, micro_batch_rows):
+    model, rows = make_model().train(), make_rows()
+    token_bytes = np.full(400, 3, dtype=np.int32)
+    token_bytes[0] = 0  # end of text
+    figures = validation_figures(
+        model, rows, max_rows=5, micro_batch_rows=micro_batch_rows, device="cpu", token_bytes=token_bytes
+    )
+    batch = read_batch(rows, 0, 5)
+    with torch.no_grad():
+        logits_BTV = model.logits(batch.tokens_BT, batch.segments)
+    labels = batch.labels_BT.flatten()
+    losses = F.cross_entropy(logits_BTV.flatten(0, 1), labels, reduction="none")
+    assert figures["loss"] == pytest.approx(float(losses.sum()) / batch.num_loss_tokens, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    real = labels > 0
+    assert 0 < int(real.sum()) < batch.num_loss_tokens, "an end-of-text is among the labels"
+    wanted = float(losses[real].sum()) / math.log(2) / (3 * int(real.sum()))
+    assert figures["bits_per_byte"] == pytest.approx(wanted, rel=1e-5)
+    assert model.training
+
+
+def test_no_bytes_no_bits_and_no_labels_no_figures(make_model, make_rows):
+    rows = make_rows()
+    sizes = {"max_rows": 2, "micro_batch_rows": 2, "device": "cpu", "token_bytes": None}
+    assert set(validation_figures(make_model(), rows, **sizes)) == {"loss", "perplexity"}
+    whole = rows.row
+    rows.row = lambda index: (whole(index)[0], np.full(16, -100), whole(index)[2])
+    assert validation_figures(make_model(), rows, **sizes) == {}
