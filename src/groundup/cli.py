@@ -2,16 +2,17 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from groundup.base.config import section_help
 from groundup.base.errors import ConfigError, GroundupError, Preempted
 from groundup.base.log import Log
 from groundup.base.machine import prepare_process
+from groundup.base.settings import section_help
 
 app = App(
     name="groundup",
@@ -24,7 +25,7 @@ app = App(
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunsDir = Annotated[Path, Parameter(help="Folder that the runs stand in.")]
 AllowChange = Annotated[
-    tuple[str, ...], Parameter(help="Go on with an unfinished stage although this setting changed.")
+    tuple[str, ...], Parameter(negative="", help="Go on with an unfinished stage although this setting changed.")
 ]
 Restart = Annotated[bool, Parameter(negative="", help="Begin the stage again.")]
 
@@ -50,10 +51,8 @@ def _overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
 
 def _stage_help(*sections: str) -> str:
     """The recipe's settings of some sections, for a command's help."""
-    from groundup.stages.recipe import Recipe
-
     rows = []
-    for option, default, text in section_help(Recipe, ""):
+    for option, default, text in section_help("groundup.stages.recipe", "Recipe"):
         if option.removeprefix("--").split(".")[0] in sections:
             rows.append(f"  {option}  [{default}]\n      {text}" if text else f"  {option}  [{default}]")
     return "Settings of the recipe, each can be given here:\n\n" + "\n".join(rows)
@@ -326,16 +325,11 @@ def report(run: Path) -> None:
     make_report(run, Log())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with the error's code."""
-    prepare_process()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+@contextmanager
+def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
+    """Print an error that a person can mend as one line, and exit with its code."""
     try:
-        if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
-            app[arguments[0]].help_epilogue = _stage_help(*STAGE_COMMANDS[arguments[0]][1])
-        app(arguments, exit_on_error=False, print_error=False)
+        yield
     except Preempted as stop:
         print(stop.line(), file=sys.stderr)
         sys.exit(stop.exit_code)
@@ -344,11 +338,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print(f"ERROR {error.line()}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except CycloptsError as error:
-        print(f"ERROR E-CLI: {' '.join(str(error).split())} See `groundup --help`.", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what was finished", file=sys.stderr)
-        sys.exit(75)
+        sys.exit(Preempted.exit_code)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with the error's code."""
+    prepare_process()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    with errors_as_lines(debug=debug):
+        if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
+            app[arguments[0]].help_epilogue = _stage_help(*STAGE_COMMANDS[arguments[0]][1])
+        try:
+            app(arguments, exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            raise ConfigError("E-CLI", what=" ".join(str(error).split()), next="see `groundup --help`") from None

@@ -12,7 +12,6 @@ from groundup.base.config import (
     numerics,
     parse_yaml,
     read_yaml,
-    section_help,
     validate,
 )
 from groundup.base.errors import ConfigError
@@ -193,9 +192,3 @@ def test_config_is_frozen():
 
 def test_flatten_gives_dotted_names():
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": 3}) == {"a.b": 1, "a.c.d": [2], "e": 3}
-
-
-def test_section_help_reads_the_docstrings_under_the_fields():
-    helps = {option: (default, text) for option, default, text in section_help(TrainConfig, "train.")}
-    assert helps["--train.steps"] == ("required", "Optimizer steps.")
-    assert helps["--train.optimizer.lr"] == ("0.001", "Peak learning rate.")

@@ -244,14 +244,3 @@ def _config_types(annotation: Any) -> Iterator[type[Config]]:
         yield annotation
     for inner in get_args(annotation):
         yield from _config_types(inner)
-
-
-def section_help(model: type[Config], prefix: str) -> Iterator[tuple[str, str, str]]:
-    """(option, default, help) of each field, nested sections included."""
-    for name, field in model.model_fields.items():
-        nested = next(_config_types(field.annotation), None)
-        if nested is not None:
-            yield from section_help(nested, f"{prefix}{name}.")
-        else:
-            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-            yield f"--{prefix}{name}", default, (field.description or "").replace("\n", " ")
