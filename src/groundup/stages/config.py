@@ -25,6 +25,9 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     """Share of the chats held out, chosen by the hash of their group."""
     on_bad_row: Literal["quarantine", "error"] = "quarantine"
     """A chat that cannot be used is set aside with its bytes, or ends the stage."""
+    replay_every: int | None = Field(None, ge=2)
+    """Of so many rows one is a row of the run's pretraining text, so that the model does not forget it; None replays
+    nothing."""
     check: Literal["answers", "exact", "parameters"] = "answers"
     """What its evaluation asks beyond answers that stop and differ: that they equal the reference, or that they are
     lists that Python reads as a function's parameters."""

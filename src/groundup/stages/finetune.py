@@ -15,6 +15,9 @@ from groundup.base.files import read_json, sha256_of, write_json
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import load_model, read_eos_ids, save_model
 from groundup.data.chat_rows import PackedChats
+from groundup.data.packing import PackedDocuments
+from groundup.data.replay import ReplayedRows
+from groundup.data.token_store import TokenStore
 from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
@@ -36,6 +39,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     config = section_of(work, stage)
     base = base_model(work, stage)
     inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
+    if config.replay_every is not None:
+        inputs["replayed text"] = run.committed("tokens").output_hash("train-")
     template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
     settings = {"seed": recipe.seed, stage: numerics(config), "template": template}
     attempt = run.begin(StageKey(stage, CODE_VERSION, settings, inputs), work.policy, resumable=True)
@@ -48,6 +53,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     data = load_chats(config, encoder)
     data.write_account(attempt.folder)
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(recipe.seed, stage))
+    source = rows if config.replay_every is None else _with_replay(work, config, rows, tokenizer, config.replay_every)
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     model = load_model(base)
     check_tokenizer(model, tokenizer, base)
@@ -67,17 +73,17 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         config=config,
         seed=recipe.seed,
         model=model,
-        source=rows,
+        source=source,
         validation={"chats": held_out},
         folder=attempt.folder,
         log=work.log,
-        name_documents=lambda step: _name_chats(rows, step * batch_rows, batch_rows),
+        name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
     )
     began = time.monotonic()
     training = TrainingRun(job)
     trained = sum(p.numel() for p in training.engine.masters.values())
-    work.log.say(describe_run(stage, training, trained, rows.rows_per_epoch))
+    work.log.say(describe_run(stage, training, trained, source.rows_per_epoch))
     outcome = training.run()
     if config.adapter == "lora":
         save_adapter(attempt.folder / "adapter", config, outcome.weights, base_hash=inputs["base"])
@@ -150,11 +156,35 @@ def check_tokenizer(model: CausalLM, tokenizer: TextTokenizer, where: Path) -> N
         )
 
 
-def _name_chats(rows: PackedChats, first_row: int, count: int) -> str:
-    numbers = sorted({chat for row in range(first_row, first_row + count) for chat in rows.documents_of(row)})
-    chats = [rows.chats.chats[number] for number in numbers]
-    named = ", ".join(f"{chat.file} byte {chat.offset}" for chat in chats[:3])
-    return f"{len(chats)} chats: {named}{', …' if len(chats) > 3 else ''}"
+def _with_replay(
+    work: Work, config: FinetuneConfig, rows: PackedChats, tokenizer: TextTokenizer, every: int
+) -> ReplayedRows:
+    """Chat rows with rows of the run's tokens between them. Raises ConfigError if their tokenizers differ."""
+    ours, theirs = work.path("tokenizer") / "tokenizer.json", tokenizer.folder / "tokenizer.json"
+    if sha256_of(ours) != sha256_of(theirs):
+        raise ConfigError(
+            "E-TOKENIZER-MISMATCH",
+            what="the run's tokens were made by another tokenizer than the model's",
+            where="replay_every",
+            next="leave replay_every out, or begin with a model of this run",
+        )
+    store = TokenStore(work.path("tokens"), "train", vocab_size=tokenizer.vocab_size)
+    text = PackedDocuments(store, row_length=config.row_length, seed=derive_seed(work.recipe.seed, "replay"))
+    return ReplayedRows(rows, text, every=every)
+
+
+def _name_rows(rows: PackedChats | ReplayedRows, first_row: int, count: int) -> str:
+    """Places of the first chats and texts in some rows, for an error line."""
+    places = []
+    for row in range(first_row, first_row + count):
+        source, number = rows.locate(row) if isinstance(rows, ReplayedRows) else (rows, row)
+        if isinstance(source, PackedChats):
+            chats = [source.chats.chats[chat] for chat in source.documents_of(number)]
+            places += [f"{chat.file} byte {chat.offset}" for chat in chats]
+        else:
+            records = [source.store.record(document) for document in source.documents_of(number)]
+            places += [f"{record.get('file')} byte {record.get('offset')}" for record in records]
+    return f"{len(places)} chats and texts: {', '.join(places[:3])}{', …' if len(places) > 3 else ''}"
 
 
 def _answer(model: CausalLM, encoder: ChatEncoder, question: str, max_new_tokens: int, eos_ids: list[int]) -> str:
