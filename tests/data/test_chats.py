@@ -1,5 +1,6 @@
 """Chats: what is read, what is set aside and why, and on which side of the split each one stands."""
 
+import hashlib
 import json
 
 import pytest
@@ -147,4 +148,14 @@ def test_a_split_without_chats_is_refused_with_the_reasons(tokenizer):
     with pytest.raises(DataError, match="E-DATA-EMPTY: no chat is left for train: 50 too_long"):
         split_chats(many_chats(50), ChatEncoder(tokenizer), row_length=4, validation_fraction=1e-9)
     with pytest.raises(DataError, match="no chat is left for validation: no chats"):
-        split_chats(many_chats(50), ChatEncoder(tokenizer), row_length=64, validation_fraction=1e-9)
+        split_chats(many_chats(1), ChatEncoder(tokenizer), row_length=64, validation_fraction=1e-9)
+
+
+def test_few_chats_still_leave_one_group_to_hold_out(tokenizer):
+    chats = many_chats(12) * 2
+    train, validation = split_chats(chats, ChatEncoder(tokenizer), row_length=64, validation_fraction=1e-9)
+    assert len(train) == 22 and len(validation) == 2 and len({chat.group for chat in validation.chats}) == 1
+    least = min((chat.group for chat in chats), key=lambda group: hashlib.sha256(group.encode()).digest())
+    assert validation.chats[0].group == least
+    questions = [train.ids(index).tolist() for index in range(len(train))]
+    assert questions == [ChatEncoder(tokenizer).encode(chat.messages).ids for chat in train.chats]

@@ -133,6 +133,14 @@ class EncodedChats:
             self._ids.append(np.array(encoded.ids, dtype=np.uint32))
             self._masks.append(np.array(encoded.is_supervised, dtype=bool))
 
+    def move_group(self, group: str, other: "EncodedChats") -> None:
+        """Hand all chats of a group over to another split."""
+        for index in reversed(range(len(self.chats))):
+            if self.chats[index].group == group:
+                other.chats.insert(0, self.chats.pop(index))
+                other._ids.insert(0, self._ids.pop(index))
+                other._masks.insert(0, self._masks.pop(index))
+
     def __len__(self) -> int:
         return len(self.chats)
 
@@ -147,16 +155,26 @@ class EncodedChats:
 
 def is_held_out(group: str, fraction: float) -> bool:
     """Whether a group belongs to the validation split: a pure function of its name."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") < fraction * 2**64
+    return _place_of(group) < fraction * 2**64
+
+
+def _place_of(group: str) -> int:
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
 
 
 def split_chats(
     chats: Iterable[Chat], encoder: ChatEncoder, *, row_length: int, validation_fraction: float
 ) -> tuple[EncodedChats, EncodedChats]:
-    """(train, validation). Raises DataError if either is empty."""
+    """(train, validation); where no group's hash falls below the fraction, the group of least hash is held out.
+
+    Raises DataError if either is empty.
+    """
     train, validation = EncodedChats(row_length), EncodedChats(row_length)
     for chat in chats:
         (validation if is_held_out(chat.group, validation_fraction) else train).add(chat, encoder)
+    groups = {chat.group for chat in train.chats}
+    if not len(validation) and len(groups) > 1:
+        train.move_group(min(groups, key=_place_of), validation)
     for name, split in (("train", train), ("validation", validation)):
         if not len(split):
             reasons = ", ".join(f"{count} {reason}" for reason, count in split.left_out.items()) or "no chats"

@@ -31,7 +31,9 @@ STAGES: dict[str, Callable[[Work], object]] = {
 def stages_of(recipe: Recipe) -> list[str]:
     """Names of the stages a recipe asks for, in order."""
     names = []
-    if recipe.corpus is not None:
+    if recipe.tokens.path is not None:
+        names += ["tokenizer", "tokenize"]
+    elif recipe.corpus is not None:
         names += ["clean", "tokenizer", "tokenize"]
     if recipe.pretrain is not None:
         names += ["pretrain", "eval pretrain"]

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from groundup.base.artifact import StageKey, verify, write_summary
+from groundup.base.artifact import SUMMARY, StageKey, read_manifest, verify, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import DataError
 from groundup.base.files import read_json
@@ -40,13 +41,13 @@ def tokenize(work: Work) -> dict[str, Any]:
     """Make `tokens/` of a run, or leave it if it stands; returns the summary. Raises DataError without validation text."""
     began = time.monotonic()
     config, run = work.recipe.tokens, work.run
+    if config.path is not None:
+        return _take_over(work, Path(config.path))
     corpus, tokenizer_manifest = run.committed("corpus"), run.committed("tokenizer")
     inputs = {"corpus": corpus.output_hash("corpus-"), "tokenizer": tokenizer_manifest.output_hash("tokenizer.json")}
     attempt = run.begin(StageKey(STAGE, CODE_VERSION, numerics(config), inputs), work.policy)
     if attempt is None:
-        summary = read_json(work.path(STAGE) / "summary.json")
-        work.log.say(f"tokenize  unchanged  {summary['train']['tokens']:,} tokens")
-        return summary
+        return _say_unchanged(work)
     verify(work.path("corpus"), corpus)
     tokenizer = TextTokenizer(work.path("tokenizer"))
     counts = {"train": SplitCount(), "validation": SplitCount()}
@@ -87,7 +88,7 @@ def tokenize(work: Work) -> dict[str, Any]:
                 where=work.path("corpus"),
                 next="give more text, or a smaller corpus.max_piece_bytes so that it is cut into more pieces",
             )
-    summary = {split: vars(count) for split, count in counts.items()}
+    summary: dict[str, Any] = {split: vars(count) for split, count in counts.items()}
     summary["seconds"] = time.monotonic() - began
     write_summary(attempt.folder, summary)
     run.commit(attempt)
@@ -96,6 +97,45 @@ def tokenize(work: Work) -> dict[str, Any]:
         f"tokenize  train {train.tokens:,} tokens of {train.documents:,} documents  "
         f"validation {held.tokens:,} of {held.documents:,}  {summary['seconds']:.1f} s"
     )
+    return summary
+
+
+def _take_over(work: Work, source: Path) -> dict[str, Any]:
+    """Make `tokens/` from another run's finished tokens. Raises DataError if they were made with another tokenizer."""
+    manifest = read_manifest(source)
+    if manifest is None or manifest.stage != STAGE:
+        raise DataError(
+            "E-TOKENS-NONE",
+            what="no finished tokens here (no MANIFEST.json of tokenize)",
+            where=source,
+            next="give the tokens/ folder of a run",
+        )
+    tokenizer_hash = work.run.committed("tokenizer").output_hash("tokenizer.json")
+    if manifest.inputs.get("tokenizer") != tokenizer_hash:
+        raise DataError(
+            "E-TOKENIZER-MISMATCH",
+            what="these tokens were made with another tokenizer",
+            where=source,
+            next=f"give the one in {source.parent / 'tokenizer'}",
+        )
+    inputs = {"tokens": manifest.output_hash(), "tokenizer": tokenizer_hash}
+    attempt = work.run.begin(StageKey(STAGE, CODE_VERSION, {}, inputs), work.policy)
+    if attempt is None:
+        return _say_unchanged(work)
+    verify(source, manifest)
+    with explain_full_disk(attempt.folder, 1 << 20):
+        for name in manifest.files:
+            shutil.copyfile(source / name, attempt.folder / Path(name).name)  # never outside, whatever it is called
+        summary = read_json(source / SUMMARY)
+        write_summary(attempt.folder, summary)
+    work.run.commit(attempt)
+    work.log.say(f"tokenize  {summary['train']['tokens']:,} tokens taken over from {source}")
+    return summary
+
+
+def _say_unchanged(work: Work) -> dict[str, Any]:
+    summary = read_json(work.path(STAGE) / SUMMARY)
+    work.log.say(f"tokenize  unchanged  {summary['train']['tokens']:,} tokens")
     return summary
 
 

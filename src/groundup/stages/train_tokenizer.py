@@ -14,6 +14,7 @@ from groundup.base.config import numerics
 from groundup.base.errors import DataError
 from groundup.base.files import read_json, sha256_of
 from groundup.corpus.storage import read_documents
+from groundup.stages.recipe import Recipe
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer, save_tokenizer, train_bpe
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, read_template
@@ -26,21 +27,22 @@ ROUND_TRIP_BYTES = 4 << 20
 def train_tokenizer(work: Work) -> dict[str, Any]:
     """Make `tokenizer/` of a run, or leave it if it stands; returns the summary."""
     began = time.monotonic()
-    config = work.recipe.tokenizer
-    inputs = {"corpus": work.run.committed("corpus").output_hash("corpus-")}
-    if config.path is not None:
-        inputs["tokenizer.json"] = sha256_of(TextTokenizer(Path(config.path)).folder / "tokenizer.json")
+    config, given = work.recipe.tokenizer, _given_folder(work.recipe)
+    has_corpus = work.recipe.tokens.path is None
+    inputs = {"corpus": work.run.committed("corpus").output_hash("corpus-")} if has_corpus else {}
+    if given is not None:
+        inputs["tokenizer.json"] = sha256_of(TextTokenizer(given).folder / "tokenizer.json")
     attempt = work.run.begin(StageKey(STAGE, CODE_VERSION, numerics(config), inputs), work.policy)
     if attempt is None:
         summary = read_json(work.path(STAGE) / "summary.json")
         work.log.say(f"tokenizer  unchanged  {summary['vocab_size']:,} ids")
         return summary
     corpus = work.path("corpus")
-    if config.path is not None:
+    if given is not None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (Path(config.path) / name).is_file():
-                shutil.copyfile(Path(config.path) / name, attempt.folder / name)
-        (attempt.folder / "chat_template.jinja").write_text(read_template(Path(config.path)), encoding="utf-8")
+            if (given / name).is_file():
+                shutil.copyfile(given / name, attempt.folder / name)
+        (attempt.folder / "chat_template.jinja").write_text(read_template(given), encoding="utf-8")
     else:
         save_tokenizer(
             train_bpe(_training_texts(corpus, config.max_training_bytes), config),
@@ -48,9 +50,9 @@ def train_tokenizer(work: Work) -> dict[str, Any]:
             chat_template=BUILT_IN_TEMPLATE,
         )
     tokenizer = TextTokenizer(attempt.folder)
-    figures = _check_round_trip(tokenizer, corpus)
+    figures = _check_round_trip(tokenizer, corpus) if has_corpus else {}
     np.save(attempt.folder / "token_bytes.npy", tokenizer.token_bytes())
-    wanted = config.vocab_size if config.path is None else tokenizer.vocab_size
+    wanted = config.vocab_size if given is None else tokenizer.vocab_size
     summary = {
         "vocab_size": tokenizer.vocab_size,
         "vocab_size_asked": wanted,
@@ -61,11 +63,21 @@ def train_tokenizer(work: Work) -> dict[str, Any]:
     work.run.commit(attempt)
     if tokenizer.vocab_size < wanted:
         work.log.say(f"  the text holds no more merges: {tokenizer.vocab_size:,} ids where {wanted:,} were asked for")
-    work.log.say(
-        f"tokenizer  {tokenizer.vocab_size:,} ids  {figures['bytes_per_token']:.2f} bytes a token  "
-        f"round trip of {figures['round_trip_documents']:,} documents exact  {summary['seconds']:.1f} s"
+    checked = (
+        f"{figures['bytes_per_token']:.2f} bytes a token  "
+        f"round trip of {figures['round_trip_documents']:,} documents exact  "
+        if figures
+        else ""
     )
+    work.log.say(f"tokenizer  {tokenizer.vocab_size:,} ids  {checked}{summary['seconds']:.1f} s")
     return summary
+
+
+def _given_folder(recipe: Recipe) -> Path | None:
+    """An existing tokenizer directory: the recipe's, else the one that given tokens were made with."""
+    if recipe.tokenizer.path is not None:
+        return Path(recipe.tokenizer.path)
+    return Path(recipe.tokens.path).absolute().parent / "tokenizer" if recipe.tokens.path is not None else None
 
 
 def _training_texts(corpus: Path, max_bytes: int) -> Iterator[str]:

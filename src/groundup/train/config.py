@@ -38,6 +38,8 @@ class TrainConfig(OptimConfig):
     """What the samples begin with."""
     sample_tokens: PositiveInt = 64
     """Tokens of a sample."""
+    log_every: Duration | None = Field(None, json_schema_extra=COSMETIC)
+    """Interval between lines with loss and speed; None writes one every few seconds where there is no terminal."""
     checkpoint_every: Duration | None = Field(None, json_schema_extra=COSMETIC)
     """Interval between checkpoints; None saves at a signal and at the end."""
     keep_checkpoints: PositiveInt = Field(2, json_schema_extra=COSMETIC)

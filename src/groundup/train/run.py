@@ -148,7 +148,7 @@ class TrainingRun:
         total = self.resolved.total_steps
         intervals = {
             name: self._steps_of(getattr(self.config, name))
-            for name in ("validate_every", "sample_every", "checkpoint_every")
+            for name in ("validate_every", "sample_every", "log_every", "checkpoint_every")
         }
         if self.is_resumed:
             self.events.write({"step": self.state.step, "kind": "resume", "detail": "from its last checkpoint"})
@@ -181,10 +181,13 @@ class TrainingRun:
                     self._save()
                 rate = (result.step - first_step) * self.config.batch_size_tokens / (time.monotonic() - began)
                 left = (total - result.step) * self.config.batch_size_tokens / rate
-                line.update(
+                text = (
                     f"{self.job.name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{validation_text}  "
                     f"{rate:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
                 )
+                line.update(text)
+                if _is_due(result.step, intervals["log_every"]):
+                    self.job.log.say(f"  {text}")
                 if stop.name and not is_last:
                     self._save()
                     raise Preempted(
