@@ -1,7 +1,7 @@
 """Byte-level BPE without a normaliser: every UTF-8 string comes back as it went in."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class TextTokenizer:
             data = json.loads(path.read_bytes())
             self.tokenizer = Tokenizer.from_str(json.dumps(data))
             # a copy that knows no added tokens: what a user types is always ordinary bytes
-            self.plain = Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))
+            self.plain = Tokenizer.from_str(json.dumps(_without_added_tokens(data)))
         except Exception as error:  # the tokenizers library raises bare Exception for a bad file
             raise DataError(
                 "E-TOKENIZER-FILE",
@@ -128,6 +128,15 @@ class TextTokenizer:
         """Text of ids."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_control_tokens)
         return text
+
+
+def _without_added_tokens(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json that knows no added tokens, not even as whole words of its vocabulary."""
+    model = dict(data["model"])
+    if model.get("ignore_merges"):  # such a model looks a word up before it merges
+        added = {entry["content"] for entry in data.get("added_tokens", [])}
+        model["vocab"] = {token: index for token, index in model["vocab"].items() if token not in added}
+    return {**data, "added_tokens": [], "model": model}
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, chat_template: str, eos_token: str = END_OF_TEXT) -> None:

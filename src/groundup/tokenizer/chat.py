@@ -29,6 +29,19 @@ BUILT_IN_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(en
 _OPEN, _CLOSE, _GENERATION_BEGIN, _GENERATION_END = "\U0010fff0", "\U0010fff1", "\U0010fff2", "\U0010fff3"
 _PRIVATE = (_OPEN, _CLOSE, _GENERATION_BEGIN, _GENERATION_END)
 
+# what an expression in a template can raise; jinja hands it on as it is
+_FAULTS_OF_TEMPLATES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
 Message = Mapping[str, Any]
 
 
@@ -86,7 +99,7 @@ class ChatEncoder:
             )
         try:
             self._compiled = _environment().from_string(self.template)
-        except TemplateError as error:
+        except _FAULTS_OF_TEMPLATES as error:
             raise ConfigError(
                 "E-TEMPLATE",
                 what=f"the chat template does not compile: {error}",
@@ -104,7 +117,7 @@ class ChatEncoder:
         if isinstance(value, str):
             return self._protected.sub(lambda match: f"{_OPEN}{self._hidden.index(match.group())}{_CLOSE}", value)
         if isinstance(value, Mapping):
-            return {name: self._hide(item) for name, item in value.items()}
+            return {self._hide(name): self._hide(item) for name, item in value.items()}
         if isinstance(value, Sequence):
             return [self._hide(item) for item in value]
         return value
@@ -122,7 +135,7 @@ class ChatEncoder:
                 **special,
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+        except _FAULTS_OF_TEMPLATES as error:
             raise DataError(
                 "E-TEMPLATE-CHAT",
                 what=f"the chat template refuses this chat: {str(error)[:200]}",
