@@ -3,7 +3,10 @@
 import shutil
 from pathlib import Path
 
+from groundup.base.artifact import MANIFEST
 from groundup.base.errors import CheckpointError, ConfigError
+from groundup.base.failpoints import reach
+from groundup.base.files import sync_file, sync_folder
 from groundup.checkpoint.huggingface import PICKLES, load_model, model_dtype, read_eos_ids, save_model
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -47,3 +50,23 @@ def export_model(model: str, target: Path, dtype: str) -> Path:
         path.rename(target / path.name)
     shutil.rmtree(attempt)
     return target
+
+
+def place_model(source: Path, target: Path, *, adapter: Path | None = None) -> None:
+    """Copy a finished model to another place in whole, its adapter in `adapter/`; what stood there is replaced."""
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
+    for leftover in (new, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    shutil.copytree(source, new, ignore=shutil.ignore_patterns(MANIFEST))
+    if adapter is not None:
+        shutil.copytree(adapter, new / "adapter")
+    for path in sorted(new.rglob("*")):
+        sync_file(path)
+    reach("model.before_place")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync_folder(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
