@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,11 +61,12 @@ def save_checkpoint(
         sync_folder(root / f"step-{step:06d}")
         sync_folder(root)
         reach("ckpt.after_manifest")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
         shutil.rmtree(folder, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
             "E-DISK",
-            what=f"cannot save step {step}: {error.strerror}",
+            what=f"cannot save step {step}: {reason}",
             where=folder,
             next="free disk space and run the same command again; earlier checkpoints are kept",
         ) from None
@@ -92,8 +94,10 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
                 return f"{name} is not what was written (SHA-256 differs)"
+        if f"step-{manifest['step']:06d}" != folder.parent.name:
+            return "the manifest is of another step"
         return None if STATE in files else f"{STATE} is not in the manifest"
-    except (DataError, KeyError, TypeError, AttributeError) as error:
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         return f"the manifest is damaged ({type(error).__name__})"
 
 
