@@ -1,0 +1,209 @@
+"""Model directories: ours in transformers, theirs in ours, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from groundup.base.errors import CheckpointError, ConfigError
+from groundup.checkpoint.huggingface import (
+    load_model,
+    load_weights,
+    model_dtype,
+    read_eos_ids,
+    read_model_config,
+    save_model,
+)
+from groundup.tokenizer.bpe import TextTokenizer
+
+TEXT = "The quick brown fox, 三百 and 1234 don't mind.\n"
+SHAPES = [
+    {"model_type": model_type, "tie_word_embeddings": tied, **heads}
+    for model_type in ("qwen3", "qwen2", "llama")
+    for tied in (True, False)
+    for heads in ({}, {"head_dim": 12})
+    if not (model_type == "qwen2" and heads)
+]
+
+
+def save(folder, model, tokenizer, **kwargs):
+    save_model(folder, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[2, 0], **kwargs)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, make_model, tokenizer):
+    return save(tmp_path / "model", make_model(), tokenizer)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: " ".join(map(str, shape.values())))
+def test_transformers_loads_our_directory(tmp_path, make_model, tokenizer_folder, shape):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # for this model type transformers 5 takes the pattern of Qwen2, whatever tokenizer.json says
+    tokenizer = TextTokenizer(tokenizer_folder("qwen2" if shape["model_type"] == "qwen2" else "gpt-2"))
+    model = make_model(rope_theta=5000.0, **shape)
+    save(tmp_path, model, tokenizer)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = AutoTokenizer.from_pretrained(tmp_path)(TEXT, return_tensors="pt").input_ids
+    assert ids[0].tolist() == tokenizer.encode(TEXT)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    torch.testing.assert_close(model.logits(ids), expected, rtol=1e-4, atol=1e-4)
+    assert theirs.generation_config.eos_token_id == [2, 0]
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|im_end|>"
+    if shape["tie_word_embeddings"]:
+        assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_we_load_a_directory_of_transformers(tmp_path, model_type, tied):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 123_456.0},
+        rms_norm_eps=1e-5,
+    )
+    theirs = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1, "several shards"
+    ours = load_model(tmp_path)
+    assert ours.config.rope_theta == 123_456.0 and ours.config.tie_word_embeddings == tied
+    tokens_BT = torch.randint(0, 99, (2, 17))
+    with torch.no_grad():
+        expected = theirs(tokens_BT).logits
+    torch.testing.assert_close(ours.logits(tokens_BT), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: " ".join(map(str, shape.values())))
+def test_a_model_comes_back_bit_for_bit(tmp_path, make_model, tokenizer, shape):
+    model = make_model(**shape)
+    loaded = load_model(save(tmp_path, model, tokenizer))
+    assert loaded.config.model_copy(update={"head_dim": None}) == model.config.model_copy(update={"head_dim": None})
+    assert loaded.config.head_size == model.config.head_size
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == shape["tie_word_embeddings"]
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path, make_model, tokenizer):
+    one, other = (save(tmp_path / name, make_model(), tokenizer) for name in ("one", "other"))
+    names = {path.name for path in one.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
+    for name in names:
+        data = (one / name).read_bytes()
+        assert data == (other / name).read_bytes()
+        assert str(tmp_path).encode() not in data, "no path in a model's file"
+
+
+def test_a_directory_is_a_tokenizer_too(folder, tokenizer):
+    again = TextTokenizer(folder)
+    assert again.encode(TEXT) == tokenizer.encode(TEXT) and again.vocab_size == tokenizer.vocab_size
+    assert read_eos_ids(folder, again) == [0, 2]
+
+
+def test_bf16_rounds_once(tmp_path, make_model, tokenizer):
+    model = make_model()
+    save(tmp_path, model, tokenizer, dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(stored[name], parameter.to(torch.bfloat16)) for name, parameter in model.named_parameters())
+    assert json.loads((tmp_path / "config.json").read_bytes())["dtype"] == "bfloat16"
+    assert load_model(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_dtypes_by_name():
+    assert [model_dtype(name) for name in ("fp32", "bf16", "fp16")] == [torch.float32, torch.bfloat16, torch.float16]
+    with pytest.raises(ConfigError, match="E-DTYPE"):
+        model_dtype("int8")
+
+
+@pytest.mark.parametrize("name", ["model.pth", "pytorch_model.bin", "model.pt", "x.ckpt", "x.pkl"])
+def test_a_pickle_is_refused_in_words_and_never_opened(folder, tmp_path, name):
+    (folder / "model.safetensors").unlink()
+    marker = tmp_path / "marker"
+    payload = f"cposix\nsystem\n(S'touch {marker}'\ntR.".encode()
+    (folder / name).write_bytes(payload)
+    with pytest.raises(CheckpointError, match=rf"E-CKPT-FORMAT: {name} is a pickle, which can run code: refused"):
+        load_model(folder)
+    assert not marker.exists()
+
+
+def test_no_weights_and_no_config_are_named(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="E-MODEL-NONE"):
+        load_model(folder)
+    with pytest.raises(ConfigError, match=r"E-MODEL-NONE: no config.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_cut_weights_are_named(folder, size):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="E-MODEL-DAMAGED"):
+        load_model(folder)
+
+
+def test_missing_and_unexpected_tensors_are_listed(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.gate.weight"] = tensors.pop("model.layers.0.mlp.gate_proj.weight")
+    save_file(tensors, path)
+    with pytest.raises(
+        CheckpointError, match=r"E-KEYS: missing 1: \['model.layers.0.mlp.gate_proj.weight'\], unexpected 1: \['model.layers.0.mlp.gate.weight'\]"
+    ):  # fmt: skip
+        load_model(folder)
+
+
+def test_a_wrong_shape_and_a_wrong_number_are_named(make_model):
+    model = make_model()
+    tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"E-SHAPE: model.norm.weight is \[31\], the config says \[32\]"):
+        load_weights(model, tensors | {"model.norm.weight": torch.ones(31)}, "here")
+    for poison in (float("nan"), float("inf")):
+        tensors["model.norm.weight"][5] = poison
+        with pytest.raises(CheckpointError, match=r"E-NONFINITE: model.norm.weight"):
+            load_weights(model, tensors, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"model_type": "gpt2"}, "E-MODEL-TYPE"),
+        ({"model_type": None}, "E-MODEL-TYPE"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling"),
+        ({"use_sliding_window": True}, "a sliding window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+    ],
+)
+def test_what_we_do_not_compute_is_refused(folder, changes, what):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    with pytest.raises(ConfigError, match=what):
+        read_model_config(folder)
+
+
+def test_a_config_that_is_not_json_is_named(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="E-MODEL-CONFIG"):
+        read_model_config(folder)
