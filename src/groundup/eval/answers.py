@@ -40,10 +40,17 @@ class Answer:
         if not self.has_stopped or not self.answer.strip() or "\n" in self.answer.strip():
             return False
         try:
-            function = ast.parse(f"def function({self.answer.strip()}): pass").body[0]
+            # the line end keeps a comment in the answer from hiding the bracket that must close the list
+            function = ast.parse(f"def function({self.answer.strip()}\n): pass").body[0]
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
-        return isinstance(function, ast.FunctionDef) and len(ast.unparse(function.args).split(",")) >= MIN_PARAMETERS
+        if not isinstance(function, ast.FunctionDef) or function.returns is not None:  # `a, b) -> (c`
+            return False
+        given = function.args
+        every = (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg)
+        names = [argument.arg for argument in every if argument is not None]
+        # a name given twice is found by Python's compiler, not by its parser
+        return MIN_PARAMETERS <= len(names) == len(set(names))
 
 
 Skill = Literal["exact", "parameters"]
