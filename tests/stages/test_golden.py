@@ -15,7 +15,7 @@ from groundup.base.log import Log
 from groundup.corpus.storage import read_documents
 from groundup.data.packing import PackedDocuments
 from groundup.data.token_store import TokenStore
-from groundup.stages import clean, tokenize, train_tokenizer
+from groundup.stages import clean, pretrain, tokenize, train_tokenizer
 from groundup.stages.recipe import Recipe
 from groundup.stages.work import Work
 
@@ -59,7 +59,10 @@ def outputs(run):
         "clean": [clean.CODE_VERSION, sha256(*(f"{d.id} {d.text} {d.meta}" for d in read_documents(run / "corpus")))],
         "tokenizer": [train_tokenizer.CODE_VERSION, sha256(tokenizer["model"]["vocab"], tokenizer["model"]["merges"])],
         "tokenize": [tokenize.CODE_VERSION, sha256(*(ids.tolist() for ids in store.documents()))],
-        "rows of pretrain": [1, sha256(*(part.tolist() for index in range(40) for part in rows.row(index)))],
+        "rows of pretrain": [
+            pretrain.CODE_VERSION,
+            sha256(*(part.tolist() for index in range(40) for part in rows.row(index))),
+        ],
     }
 
 
