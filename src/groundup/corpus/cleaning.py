@@ -1,14 +1,11 @@
 """Cleaning rows: normalise, filter and fingerprint, a pure function of each row, in one process or several."""
 
-import itertools
-import multiprocessing
-from collections import deque
+import functools
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from groundup.base.log import Log
+from groundup.base.processes import map_in_order
 from groundup.corpus.config import CorpusConfig
 from groundup.corpus.dedup import Fingerprint, fingerprints
 from groundup.corpus.filters import reason_to_drop
@@ -18,8 +15,6 @@ from groundup.corpus.storage import Document
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 20
-BATCHES_IN_FLIGHT = 2
-"""Batches a worker has waiting; what bounds the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +50,9 @@ def clean_in_order(
     rows: Iterable[Row], config: CorpusConfig, num_workers: int, log: Log
 ) -> Iterator[tuple[Row, Outcome]]:
     """Each row with its outcome, in the rows' order. A worker that dies is warned of and its work done here."""
-    batches = _batches(rows)
-    if num_workers == 1:
-        for batch in batches:
-            yield from zip(batch, clean_batch(batch, config), strict=True)
-        return
-    waiting: deque[list[Row]] = deque()
-    futures: deque[Future[list[Outcome]]] = deque()
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
-
-    def oldest() -> Iterator[tuple[Row, Outcome]]:
-        outcomes = futures[0].result()
-        futures.popleft()
-        return zip(waiting.popleft(), outcomes, strict=True)  # a batch leaves the queue only with its outcomes
-
-    try:
-        for batch in batches:
-            waiting.append(batch)
-            futures.append(pool.submit(clean_batch, batch, config))
-            if len(waiting) > BATCHES_IN_FLIGHT * num_workers:
-                yield from oldest()
-        while waiting:
-            yield from oldest()
-    except BrokenProcessPool:
-        log.warn("W-WORKER-LOST", "a worker process died; cleaning goes on in one process")
-        for batch in itertools.chain(waiting, batches):
-            yield from zip(batch, clean_batch(batch, config), strict=True)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    clean = functools.partial(clean_batch, config=config)
+    for batch, outcomes in map_in_order(clean, _batches(rows), num_workers, log):
+        yield from zip(batch, outcomes, strict=True)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
