@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from groundup.adapters.config import AdapterConfig
@@ -60,11 +60,21 @@ def save_adapter(folder: Path, config: AdapterConfig, weights: dict[str, Tensor]
     """Write adapter_model.safetensors and adapter_config.json; the base's hash stands in the tensors' metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter_tensors(weights).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_hash": base_hash})
+    data = save(tensors, metadata={"format": "pt", "base_hash": base_hash})
+    (folder / "adapter_model.safetensors").write_bytes(_with_sorted_metadata(data))
     values = _peft_config(config, sorted(config.lora_targets)).to_dict()
     values |= {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": None}
     values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
     write_json(folder / "adapter_config.json", json.loads(json.dumps(values, default=str)))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file whose metadata stand in order: the library writes them in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + text.ljust(size) + data[8 + size :]
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
