@@ -284,12 +284,12 @@ def merge(
 
         run_stages(work, ("merge",))
         return
-    if to.exists() and any(to.iterdir()):
-        raise ConfigError("E-OUT-EXISTS", what="the target folder is not empty", where=to, next="name a new folder")
     from groundup.stages.merge import merge_adapter
-    from groundup.stages.models import find_model
+    from groundup.stages.models import find_model, placed_whole, refuse_used
 
-    figures = merge_adapter(Path(target), find_model(str(base)), to)
+    refuse_used(to)
+    with placed_whole(to) as folder:
+        figures = merge_adapter(Path(target), find_model(str(base)), folder)
     Log().say(f"merged into {to}  largest difference of logits {figures['merge_max_logit_difference']:.2e}")
 
 

@@ -12,7 +12,7 @@ from groundup.base.artifact import StageKey, write_summary
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import read_json
 from groundup.checkpoint.huggingface import copy_tokenizer, load_model, load_weights, read_eos_ids, save_model
-from groundup.corpus.embedded import docstring_chats
+from groundup.corpus.embedded import embedded_files
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.finetune import base_model, weights_hash
 from groundup.stages.work import Work
@@ -83,8 +83,8 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
 
 
 def _real_texts(tokenizer: TextTokenizer) -> list[Tensor]:
-    """Ids of real questions and answers from the embedded default, which is on every machine."""
-    texts = ("\n".join(str(message["content"]) for message in row["messages"]) for row in docstring_chats())
+    """Ids of the beginnings of the standard library's sources, which are on every machine."""
+    texts = (path.read_bytes()[: 8 * TEXT_TOKENS].decode(errors="replace") for path, _ in embedded_files())
     encoded = (tokenizer.encode(text)[:TEXT_TOKENS] for text in texts)
     return [torch.tensor([ids]) for ids in islice((ids for ids in encoded if len(ids) > 8), NUM_TEXTS)]
 

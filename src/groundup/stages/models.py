@@ -1,6 +1,8 @@
 """A MODEL on the command line: a model directory, or a run, which stands for its last stage's model."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from groundup.base.artifact import MANIFEST
@@ -33,40 +35,51 @@ def find_model(model: str) -> Path:
 
 def export_model(model: str, target: Path, dtype: str) -> Path:
     """Write a MODEL as a Hugging Face directory in another dtype. Raises ConfigError if the target is in use."""
-    source = find_model(model)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError("E-OUT-EXISTS", what="the target folder is not empty", where=target, next="name a new folder")
+    source, wanted = find_model(model), model_dtype(dtype)
+    refuse_used(target)
     tokenizer = TextTokenizer(source)
     loaded = load_model(source)
     eos_ids = read_eos_ids(source, tokenizer)
     first = tokenizer.end_of_turn_id if "im_end" in str(tokenizer.config.get("eos_token")) else tokenizer.end_of_text_id
     ordered = [first, *(token for token in eos_ids if token != first)]
-    target.mkdir(parents=True, exist_ok=True)
-    attempt = target / ".attempt"
-    save_model(
-        attempt, loaded, dict(loaded.named_parameters()), tokenizer, eos_token_ids=ordered, dtype=model_dtype(dtype)
-    )
-    for path in sorted(attempt.iterdir()):
-        path.rename(target / path.name)
-    shutil.rmtree(attempt)
+    with placed_whole(target) as folder:
+        save_model(folder, loaded, dict(loaded.named_parameters()), tokenizer, eos_token_ids=ordered, dtype=wanted)
     return target
 
 
 def place_model(source: Path, target: Path, *, adapter: Path | None = None) -> None:
-    """Copy a finished model to another place in whole, its adapter in `adapter/`; what stood there is replaced."""
+    """Copy a finished model to another place, its adapter into `adapter/`; what stood there is replaced."""
+    with placed_whole(target) as folder:
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        if adapter is not None:
+            shutil.copytree(adapter, folder / "adapter")
+
+
+def refuse_used(target: Path) -> None:
+    """Raise ConfigError for a folder with something in it, or a file."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError("E-OUT-EXISTS", what="the target folder is not empty", where=target, next="name a new folder")
+
+
+@contextmanager
+def placed_whole(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` when all in it is on the disk."""
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     for leftover in (new, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    shutil.copytree(source, new, ignore=shutil.ignore_patterns(MANIFEST))
-    if adapter is not None:
-        shutil.copytree(adapter, new / "adapter")
-    for path in sorted(new.rglob("*")):
-        sync_file(path)
-    reach("model.before_place")
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in sorted(new.rglob("*")):
+            sync_file(path)
+        reach("model.before_place")
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     sync_folder(target.parent)
     if old.exists():
         shutil.rmtree(old)
