@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from groundup.base import failpoints
 from groundup.base.files import read_json
 
 from .conftest import SMALL, TRAINER, write_rows
@@ -98,6 +100,7 @@ def test_from_resume_1_goes_on_and_0_begins_again(trained, doors, monkeypatch, c
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(folder, trained, doors, monkeypatch, capsys):
+    monkeypatch.setattr(failpoints, "_passages", Counter())
     command = ["--data_path", "x.jsonl", *SMALL, "--save_interval", "2"]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="failpoint"):
         patch.setenv("GROUNDUP_FAILPOINT", "ckpt.before_shard:raise:3")
@@ -128,6 +131,7 @@ def test_tokens_of_another_tokenizer_are_refused(folder, trained, doors, tokeniz
 
 
 def test_a_placed_model_is_whole_or_the_one_before(trained, doors, monkeypatch):
+    monkeypatch.setattr(failpoints, "_passages", Counter())
     monkeypatch.chdir(trained)
     before = hashes(trained / "out" / "pretrain_32")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"model\.before_place"):
