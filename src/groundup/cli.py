@@ -1,7 +1,6 @@
 """The command line: one command a stage. Parses, calls, prints errors; torch is imported only by what runs."""
 
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from groundup.base.errors import ConfigError, GroundupError, Preempted
+from groundup.base.errors import ConfigError, DataError, GroundupError, Preempted
 from groundup.base.log import Log
 from groundup.base.machine import prepare_process
 from groundup.base.settings import section_help
@@ -21,6 +20,8 @@ app = App(
     help_format="plaintext",
     result_action="return_value",
 )
+
+OS_ADVICE = "look at the path, who may use it, and the room on its disk; --debug shows where it was needed"
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunsDir = Annotated[Path, Parameter(help="Folder that the runs stand in.")]
@@ -335,6 +336,8 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
         sys.exit(stop.exit_code)
     except GroundupError as error:
         if debug:
+            import traceback
+
             traceback.print_exc()
         print(f"ERROR {error.line()}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -343,6 +346,12 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
         sys.exit(Preempted.exit_code)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        fault = DataError("E-OS", what=error.strerror or "cannot be used", where=error.filename, next=OS_ADVICE)
+        print(f"ERROR {fault.line()}", file=sys.stderr)
+        sys.exit(fault.exit_code)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,4 +366,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments, exit_on_error=False, print_error=False)
         except CycloptsError as error:
-            raise ConfigError("E-CLI", what=" ".join(str(error).split()), next="see `groundup --help`") from None
+            raise ConfigError(
+                "E-CLI", what=" ".join(str(error).split()).rstrip("."), next="see `groundup --help`"
+            ) from None

@@ -204,7 +204,8 @@ def validate(
 def _as_config_error(
     model: type[Config], error: ValidationError, where: str, lines: Mapping[str, int], overridden: Set[str]
 ) -> ConfigError:
-    faults = error.errors(include_url=False)
+    # a misspelt key is also a missing one: the first says what to do
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
     location = [str(part) for part in fault["loc"]]
     # a union adds the names of its members to the location: only parts that are keys of the file are kept

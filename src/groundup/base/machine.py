@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,8 @@ def cpu_name() -> str:
 
 def describe() -> dict[str, Any]:
     """The record of the machine and its software that goes into a run."""
+    from importlib import metadata  # 30 ms that a command's help does without
+
     versions = {}
     for package in PACKAGES:
         try:
