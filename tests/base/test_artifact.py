@@ -215,8 +215,16 @@ def test_unfinished_resumable_stage_goes_on(run):
     assert (again.folder / "half.txt").read_text() == "ha"
 
 
+def save_checkpoint(attempt):
+    """What a stage that trains leaves in its folder."""
+    folder = attempt.folder / "checkpoints" / "step-000001" / "attempt-0"
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text("{}")
+    return attempt
+
+
 def test_unfinished_resumable_stage_with_a_changed_key_names_the_difference(run):
-    run.begin(KEY, ALLOW_NONE, resumable=True)
+    save_checkpoint(run.begin(KEY, ALLOW_NONE, resumable=True))
     with pytest.raises(ConfigError) as caught:
         run.begin(NEW_KEY, ALLOW_NONE, resumable=True)
     assert "E-STAGE-CHANGED" in str(caught.value)
@@ -226,7 +234,7 @@ def test_unfinished_resumable_stage_with_a_changed_key_names_the_difference(run)
 
 @pytest.mark.parametrize("allowed", ["corpus.filters.min_characters", "min_characters"])
 def test_allowed_change_goes_on_and_is_written_down(run, allowed):
-    (run.begin(KEY, ALLOW_NONE, resumable=True).folder / "half.txt").write_text("ha")
+    save_checkpoint(run.begin(KEY, ALLOW_NONE, resumable=True))
     policy = ChangePolicy(allow_change=[allowed])
     again = run.begin(NEW_KEY, policy, resumable=True)
     assert again.is_continued
@@ -234,8 +242,26 @@ def test_allowed_change_goes_on_and_is_written_down(run, allowed):
     assert run.commit(again).key == NEW_KEY
 
 
+def test_a_stage_that_saved_nothing_begins_again_with_other_settings(run):
+    (run.begin(KEY, ALLOW_NONE, resumable=True).folder / "half.txt").write_text("ha")
+    again = run.begin(NEW_KEY, ALLOW_NONE, resumable=True)
+    assert not again.is_continued and not (again.folder / "half.txt").exists()
+
+
+def test_a_finished_stage_that_a_mistake_moved_aside_is_taken_back(run):
+    run.commit(run.begin(KEY, ALLOW_NONE, resumable=True))
+    attempt = run.begin(NEW_KEY, ALLOW_NONE, resumable=True)
+    assert not attempt.target.exists()
+    assert run.begin(KEY, ALLOW_NONE, resumable=True) is None
+    assert read_manifest(attempt.target).key == KEY
+    assert not (run.path / ".old").exists() and not (run.path / ".attempts").exists()
+    save_checkpoint(run.begin(NEW_KEY, ALLOW_NONE, resumable=True))
+    with pytest.raises(ConfigError, match="E-STAGE-CHANGED"):
+        run.begin(KEY, ALLOW_NONE, resumable=True)
+
+
 def test_another_change_than_the_allowed_is_refused(run):
-    run.begin(KEY, ALLOW_NONE, resumable=True)
+    save_checkpoint(run.begin(KEY, ALLOW_NONE, resumable=True))
     changed = replace(KEY, config={"corpus": {"source": "b.txt", "filters": {"min_characters": 9}}})
     with pytest.raises(ConfigError, match=r"settings changed: corpus\.source: 'a\.txt' → 'b\.txt' at"):
         run.begin(changed, ChangePolicy(allow_change=["min_characters"]), resumable=True)

@@ -204,11 +204,18 @@ class RunFolder:
     ) -> Attempt | None:
         """An attempt to work in, or None if the finished stage stands.
 
-        A resumable stage that was left unfinished goes on in its folder; if its key changed since, ConfigError is
-        raised unless the policy allows it. Other stages begin again.
+        A resumable stage that was left unfinished goes on in its folder; if its key changed since its first
+        checkpoint, ConfigError is raised unless the policy allows it. Other stages begin again. A finished stage that
+        was moved aside for a setting with which nothing was saved is taken back.
         """
         target = self.path / (folder or key.stage)
         attempt = Attempt(key, self.path / ".attempts" / key.stage, target, is_continued=False)
+        has_checkpoints = any((attempt.folder / CHECKPOINTS).glob(f"*/*/{MANIFEST}"))
+        old = self.path / ".old" / key.stage
+        aside = read_manifest(old)
+        if aside is not None and not differences(aside.key, key) and not target.exists() and not has_checkpoints:
+            old.rename(target)
+            self._remove_old(key.stage)
         manifest = read_manifest(target)
         if manifest is not None and not policy.restart and not differences(manifest.key, key):
             for name, entry in manifest.files.items():
@@ -219,15 +226,17 @@ class RunFolder:
                         where=target,
                         next=_redo(target),
                     )
+            self._remove_attempt(attempt.folder)
             return None
         if attempt.folder.exists():
             if resumable and not policy.restart and (attempt.folder / ATTEMPT).exists():
-                self._check_changes(attempt, policy)
-                write_json(attempt.folder / ATTEMPT, asdict(key))
-                return Attempt(key, attempt.folder, target, is_continued=True)
+                before = StageKey(**read_json(attempt.folder / ATTEMPT))
+                if has_checkpoints or not differences(before, key):
+                    self._check_changes(attempt, before, policy)
+                    write_json(attempt.folder / ATTEMPT, asdict(key))
+                    return Attempt(key, attempt.folder, target, is_continued=True)
             shutil.rmtree(attempt.folder)
         if target.exists():
-            old = self.path / ".old" / key.stage
             if old.exists():
                 shutil.rmtree(old)
             old.parent.mkdir(exist_ok=True)
@@ -236,15 +245,14 @@ class RunFolder:
         write_json(attempt.folder / ATTEMPT, asdict(key))
         return attempt
 
-    def _check_changes(self, attempt: Attempt, policy: ChangePolicy) -> None:
-        old = StageKey(**read_json(attempt.folder / ATTEMPT))
+    def _check_changes(self, attempt: Attempt, before: StageKey, policy: ChangePolicy) -> None:
         changed = {
             name: values
-            for name, values in differences(old, attempt.key).items()
+            for name, values in differences(before, attempt.key).items()
             if name not in policy.allow_change and name.split(".")[-1] not in policy.allow_change
         }
         if changed:
-            listing = ", ".join(f"{name}: {before!r} → {after!r}" for name, (before, after) in changed.items())
+            listing = ", ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in changed.items())
             raise ConfigError(
                 "E-STAGE-CHANGED",
                 what=f"{attempt.key.stage} is unfinished and its settings changed: {listing}",
@@ -285,9 +293,13 @@ class RunFolder:
         (folder / ATTEMPT).unlink(missing_ok=True)
         folder.rename(target)
         sync_folder(target.parent)
-        attempts = self.path / ".attempts"
-        if attempts.exists() and not any(attempts.iterdir()):
-            attempts.rmdir()
+        self._remove_attempt(folder)
+
+    def _remove_attempt(self, folder: Path) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+        if folder.parent.exists() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
     def _remove_old(self, stage: str) -> None:
         old = self.path / ".old" / stage
