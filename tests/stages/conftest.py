@@ -117,7 +117,7 @@ def refusal(*arguments: object) -> Said:
     """Run a command that must end in one line."""
     said = groundup(*arguments)
     lines = [line for line in said.err.splitlines() if not line.startswith("WARNING")]
-    assert said.code != 0 and len(lines) == 1 and lines[0].startswith("ERROR E-"), said
+    assert said.code != 0 and len(lines) == 1 and lines[0].startswith("ERROR "), said
     return Said(said.code, said.out, lines[0])
 
 

@@ -24,6 +24,7 @@ from groundup.generate.config import SamplingConfig
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.chat_data import ChatData, data_hash, load_chats
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
+from groundup.stages.models import load_with_tokenizer
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
@@ -219,7 +220,7 @@ def _question_order(group: str) -> bytes:
 
 def evaluate_text(model_folder: Path, texts: Iterator[str], config: EvalConfig) -> dict[str, Any]:
     """Perplexity and bits per byte of any texts under a model directory."""
-    tokenizer = TextTokenizer(model_folder)
+    model, tokenizer = load_with_tokenizer(model_folder)
     torch.set_num_threads(num_cores())
     kept: list[bytes] = []
 
@@ -228,7 +229,7 @@ def evaluate_text(model_folder: Path, texts: Iterator[str], config: EvalConfig) 
             kept.append(text.encode())
             yield [tokenizer.end_of_text_id, *tokenizer.encode(text)], len(kept[-1])
 
-    measure = measure_texts(load_model(model_folder), encoded(), window=config.window, stride=config.stride)
+    measure = measure_texts(model, encoded(), window=config.window, stride=config.stride)
     if not measure.num_tokens:
         return {}
     return text_measure_figures(measure, config) | compressor_figures(b"".join(kept), b"")

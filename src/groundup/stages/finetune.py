@@ -13,7 +13,7 @@ from groundup.base.config import numerics
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, sha256_of, write_json
 from groundup.base.seeding import derive_seed
-from groundup.checkpoint.huggingface import load_model, read_eos_ids, save_model
+from groundup.checkpoint.huggingface import read_eos_ids, save_model
 from groundup.data.chat_rows import PackedChats
 from groundup.data.packing import PackedDocuments
 from groundup.data.replay import ReplayedRows
@@ -23,6 +23,7 @@ from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
 from groundup.stages.config import FinetuneConfig
+from groundup.stages.models import load_with_tokenizer
 from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
@@ -48,15 +49,13 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         summary = read_json(work.path(stage) / "summary.json")
         work.log.say(f"{stage}  unchanged  {summary['chats']:,} chats")
         return summary
-    tokenizer = TextTokenizer(base)
+    model, tokenizer = load_with_tokenizer(base)
     encoder = ChatEncoder(tokenizer, template)
     data = load_chats(config, encoder)
     data.write_account(attempt.folder)
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(recipe.seed, stage))
     source = rows if config.replay_every is None else _with_replay(work, config, rows, tokenizer, config.replay_every)
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
-    model = load_model(base)
-    check_tokenizer(model, tokenizer, base)
     check_positions(model.config, config.row_length)
     if config.adapter == "lora":
         inject_lora(model, config, seed=derive_seed(recipe.seed, stage, "adapter"))
@@ -142,18 +141,6 @@ def weights_hash(folder: Path) -> str:
         entry = manifest.files.get(f"{folder.name}/{path.name}") if manifest is not None else None
         hashes.append(str(entry["sha256"]) if entry is not None else sha256_of(path))
     return "+".join(hashes)
-
-
-def check_tokenizer(model: CausalLM, tokenizer: TextTokenizer, where: Path) -> None:
-    """Raise ConfigError if the tokenizer has ids for which the model has no row."""
-    rows = model.model.embed_tokens.num_embeddings
-    if tokenizer.vocab_size > rows:
-        raise ConfigError(
-            "E-TOKENIZER-MISMATCH",
-            what=f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows} rows",
-            where=where,
-            next="give the tokenizer the model was trained with",
-        )
 
 
 def _with_replay(

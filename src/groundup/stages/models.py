@@ -10,6 +10,7 @@ from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.failpoints import reach
 from groundup.base.files import sync_file, sync_folder
 from groundup.checkpoint.huggingface import PICKLES, load_model, model_dtype, read_eos_ids, save_model
+from groundup.model.causal_lm import CausalLM
 from groundup.tokenizer.bpe import TextTokenizer
 
 LAST_FIRST = ("lora/model", "sft/model", "pretrain/model", "model")
@@ -33,12 +34,25 @@ def find_model(model: str) -> Path:
     )
 
 
+def load_with_tokenizer(folder: Path) -> tuple[CausalLM, TextTokenizer]:
+    """A model and the tokenizer beside it. Raises ConfigError if the tokenizer has ids for which the model has no row."""
+    tokenizer, model = TextTokenizer(folder), load_model(folder)
+    rows = model.model.embed_tokens.num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            "E-TOKENIZER-MISMATCH",
+            what=f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows} rows",
+            where=folder,
+            next="give the tokenizer the model was trained with",
+        )
+    return model, tokenizer
+
+
 def export_model(model: str, target: Path, dtype: str) -> Path:
     """Write a MODEL as a Hugging Face directory in another dtype. Raises ConfigError if the target is in use."""
     source, wanted = find_model(model), model_dtype(dtype)
     refuse_used(target)
-    tokenizer = TextTokenizer(source)
-    loaded = load_model(source)
+    loaded, tokenizer = load_with_tokenizer(source)
     eos_ids = read_eos_ids(source, tokenizer)
     first = tokenizer.end_of_turn_id if "im_end" in str(tokenizer.config.get("eos_token")) else tokenizer.end_of_text_id
     ordered = [first, *(token for token in eos_ids if token != first)]

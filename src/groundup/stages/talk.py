@@ -8,18 +8,17 @@ import torch
 
 from groundup.base.log import Log
 from groundup.base.machine import num_cores
-from groundup.checkpoint.huggingface import load_model, read_eos_ids
+from groundup.checkpoint.huggingface import read_eos_ids
 from groundup.generate.config import SamplingConfig
 from groundup.generate.text import stream_text
-from groundup.tokenizer.bpe import TextTokenizer
+from groundup.stages.models import load_with_tokenizer
 from groundup.tokenizer.chat import ChatEncoder
 
 
 def generate(model_folder: Path, prompt: str, config: SamplingConfig) -> None:
     """Stream the continuation of a prompt to standard output."""
     torch.set_num_threads(num_cores())
-    tokenizer = TextTokenizer(model_folder)
-    model = load_model(model_folder)
+    model, tokenizer = load_with_tokenizer(model_folder)
     sys.stdout.write(prompt)
     for piece in stream_text(
         model,
@@ -36,9 +35,8 @@ def generate(model_folder: Path, prompt: str, config: SamplingConfig) -> None:
 def chat(model_folder: Path, config: SamplingConfig, log: Log, *, system: str = "") -> None:
     """Talk until the input ends; the history is kept, Ctrl-C stops the answer at work, /new forgets, /exit leaves."""
     torch.set_num_threads(num_cores())
-    tokenizer = TextTokenizer(model_folder)
+    model, tokenizer = load_with_tokenizer(model_folder)
     encoder = ChatEncoder(tokenizer)
-    model = load_model(model_folder)
     eos_ids = read_eos_ids(model_folder, tokenizer)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
