@@ -79,6 +79,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_unbroken_one(make_job, make
     again = job("again", StopAt())
     assert bits(TrainingRun(again).run(), again.folder) == expected, "the same run twice"
 
+    handler_before = signal.getsignal(signal.SIGINT)
     broken = job("broken", StopAt(5))
     with pytest.raises(Preempted, match="stopped by SIGINT after step 5 of 11; everything is saved"):
         TrainingRun(broken).run()
@@ -88,7 +89,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_unbroken_one(make_job, make
     resumed = TrainingRun(job("broken", StopAt()))
     assert resumed.is_resumed and resumed.state.step == 8
     assert bits(resumed.run(), broken.folder) == expected
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler_before, "the run gives back the handlers it found"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
