@@ -96,3 +96,16 @@ def test_a_parameter_without_gradient_stays():
     one.grad = torch.ones_like(one)
     Muon([one, other], **SETTINGS).step()
     assert torch.equal(other.detach(), before)
+
+
+def test_parts_given_to_others_change_no_bit():
+    whole, parted, given = matrices(SHAPES * 3), matrices(SHAPES * 3), []
+
+    def map_parts(function, parts):
+        given.extend(len(part) for part in parts)
+        return map(function, parts)
+
+    expected = train(Muon(whole, **SETTINGS), whole)
+    found = train(Muon(parted, num_parts=2, map_parts=map_parts, **SETTINGS), parted)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert given == [2, 1] * 5 * len(SHAPES)

@@ -26,8 +26,8 @@ def ragged_batch(seed, *, labels=(16, 1, 0, 9, 3, 0, 12, 5)):
     return RowBatch(tokens_BT, labels_BT, segments, sum(labels))
 
 
-def make_engine(model, *, rows=2, dtype=torch.float32, **changes):
-    return TorchEngine(model, OptimConfig(**changes), dtype=dtype, device="cpu", micro_batch_rows=rows)
+def make_engine(model, *, rows=2, lanes=1, dtype=torch.float32, **changes):
+    return TorchEngine(model, OptimConfig(**changes), dtype=dtype, device="cpu", micro_batch_rows=rows, num_lanes=lanes)
 
 
 def gradients_of(engine):
@@ -38,8 +38,9 @@ def flat(tensors):
     return torch.cat([tensor.flatten().double() for tensor in tensors.values()])
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_gradients_do_not_depend_on_the_micro_batch(make_model, seed):
+def test_gradients_do_not_depend_on_the_micro_batch(make_model, seed, lanes):
     model = make_model()
     batch = ragged_batch(seed)
     logits_BTV = model.logits(batch.tokens_BT, batch.segments)
@@ -47,11 +48,24 @@ def test_gradients_do_not_depend_on_the_micro_batch(make_model, seed):
     loss.backward()
     expected = flat({name: parameter.grad for name, parameter in model.named_parameters()})
     for rows in (1, 2, 3, 4, 8):
-        engine = make_engine(make_model(), rows=rows)
+        engine = make_engine(make_model(), rows=rows, lanes=lanes)
         sums = engine.forward_backward(batch, lambda row: row)
         assert (flat(gradients_of(engine)) - expected).norm() <= 1e-6 * expected.norm(), f"{rows=}"
         assert sums.num_loss_tokens == 46 and sums.loss == pytest.approx(loss.item(), rel=1e-6)
         assert engine.gradient_norm() == pytest.approx(float(expected.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lanes_change_no_bit(make_model, dtype):
+    """Micro-batches are summed in their order, whichever is done first."""
+    states = []
+    for lanes in (1, 2, 2, 3):
+        engine = make_engine(make_model(), rows=1, lanes=lanes, dtype=dtype)
+        run_steps(engine, 0, 4)
+        states.append(engine.state_dict())
+    for part, group in states[0].items():
+        for other in states[1:]:
+            assert all(torch.equal(group[name], other[part][name]) for name in group), part
 
 
 def test_a_mean_of_means_would_be_seen(make_model):

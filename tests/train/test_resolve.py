@@ -54,6 +54,30 @@ def test_only_long_runs_with_a_compiler_are_compiled(monkeypatch, make_config):
         resolved(make_config(compile=True))
 
 
+@pytest.mark.parametrize(
+    ("changes", "lanes", "rows"),
+    [
+        ({"row_length": 256, "batch_size_tokens": 2048}, 3, 2),
+        ({"row_length": 256, "batch_size_tokens": 1024}, 2, 2),
+        ({"row_length": 256, "batch_size_tokens": 768}, 1, 3),
+        ({"row_length": 256, "batch_size_tokens": 2048, "num_threads": 1}, 1, 8),
+        ({"row_length": 256, "batch_size_tokens": 2048, "num_threads": 2}, 2, 4),
+        ({"row_length": 256, "batch_size_tokens": 2048, "micro_batch_rows": 8}, 1, 8),
+        ({"row_length": 2048, "batch_size_tokens": 2048}, 1, 1),
+    ],
+)
+def test_lanes_share_a_batch_that_is_large_enough(monkeypatch, make_config, changes, lanes, rows):
+    monkeypatch.setattr(machine, "num_cores", lambda: 3)
+    config = make_config(**({"micro_batch_rows": "auto", "num_threads": "auto"} | changes))
+    found = resolved(config)
+    assert (found.num_lanes, found.micro_batch_rows) == (lanes, rows)
+    # a generator of dropout and compiled code belong to one thread
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    assert resolve(config, has_dropout=True, **sizes).num_lanes == 1
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
+    assert resolved(config.model_copy(update={"compile": True})).num_lanes == 1
+
+
 def test_cuda_without_cuda_is_refused(monkeypatch, make_config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="E-CONFIG-DEVICE"):

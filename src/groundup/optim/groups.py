@@ -1,6 +1,7 @@
 """Which parameter gets which optimizer, rate and decay."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +10,10 @@ from groundup.optim.config import OptimConfig
 from groundup.optim.muon import Muon
 
 
-def build_optimizers(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """Optimizers over named parameters. Each group carries its `name` and `peak_lr`.
+def build_optimizers(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, **parts: Any
+) -> list[torch.optim.Optimizer]:
+    """Optimizers over named parameters. Each group carries its `name` and `peak_lr`; `parts` goes to Muon.
 
     Matrices of the blocks decay (and go to Muon where it is chosen); embeddings, head, norms and biases do not.
     """
@@ -26,7 +29,13 @@ def build_optimizers(parameters: Mapping[str, nn.Parameter], config: OptimConfig
         group = {"name": "matrices", "params": hidden}
         if hidden:
             optimizers.append(
-                Muon([group], lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.muon_weight_decay)
+                Muon(
+                    [group],
+                    lr=config.muon_lr,
+                    momentum=config.muon_momentum,
+                    weight_decay=config.muon_weight_decay,
+                    **parts,
+                )
             )
     else:
         adamw_groups.insert(0, {"name": "matrices", "params": hidden, "weight_decay": config.weight_decay})

@@ -1,7 +1,7 @@
 """Muon: momentum whose matrix is made orthogonal before it is applied (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,11 +31,23 @@ def orthogonalize(update_NMK: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for 2-D matrices and stacks of them; equal shapes are orthogonalised in one batch.
 
-    The learning rate is multiplied by sqrt(max(1, rows / columns)), as in the original.
+    The learning rate is multiplied by sqrt(max(1, rows / columns)), as in the original. A batch is given to
+    `map_parts` in `num_parts` parts: what several threads share.
     """
 
-    def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        num_parts: int = 1,
+        map_parts: Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]] = map,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._num_parts = num_parts
+        self._map_parts = map_parts
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -49,7 +61,8 @@ class Muon(torch.optim.Optimizer):
                 updates = [self._momentum_update(parameter, group["momentum"]) for parameter in parameters]
                 matrices_NMK = torch.stack(updates).view(-1, *shape[-2:])
                 scale = -group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
-                directions = orthogonalize(matrices_NMK).view(len(parameters), *shape)
+                parts = list(self._map_parts(orthogonalize, matrices_NMK.chunk(self._num_parts)))
+                directions = torch.cat(parts).view(len(parameters), *shape)
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction, alpha=scale)

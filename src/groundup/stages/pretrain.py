@@ -129,6 +129,7 @@ def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per
     return (
         f"{name}  {num_parameters:,} parameters  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "
         f"({epochs:.2f} epochs)  {resolved.device} {resolved.precision} {resolved.attention}, "
-        f"micro-batch {resolved.micro_batch_rows} × {config.row_length}, "
+        f"{resolved.num_lanes} micro-batch{'es' if resolved.num_lanes > 1 else ''} of {resolved.micro_batch_rows} × "
+        f"{config.row_length} at once, "
         f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.num_threads} threads"
     )

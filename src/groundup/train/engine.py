@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from groundup.base.errors import CheckpointError
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
+from groundup.model.loss import LossSums
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import build_optimizers, set_lr
+from groundup.train.lanes import Lanes
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,14 @@ class TorchEngine:
     """One process. Weights, gradient sums and optimizer in fp32; in bf16 the model is a copy made once a step."""
 
     def __init__(
-        self, model: CausalLM, config: OptimConfig, *, dtype: torch.dtype, device: str, micro_batch_rows: int
+        self,
+        model: CausalLM,
+        config: OptimConfig,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        micro_batch_rows: int,
+        num_lanes: int = 1,
     ) -> None:
         self.model = model.to(device)
         self.max_grad_norm = config.max_grad_norm
@@ -76,34 +85,58 @@ class TorchEngine:
         else:
             self.masters = trained
             self._copies = {}
-        self.optimizers = build_optimizers(self.masters, config)
+        self._computing = {name: self._copies.get(name, master) for name, master in self.masters.items()}
+        self._lanes = Lanes(num_lanes)
+        self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
         self._norm = 0.0
 
     def forward_backward(self, batch: RowBatch, seed_of: Callable[[int], int]) -> StepSums:
         """As the Protocol says; the divisor is counted before the first backward."""
         divisor = max(1, batch.num_loss_tokens)
         loss_sum = torch.zeros((), device=self.device)
-        for begin in range(0, len(batch), self.micro_batch_rows):
-            part = batch.slice(begin, begin + self.micro_batch_rows).to(self.device)
-            if part.num_loss_tokens == 0:
-                continue
-            torch.manual_seed(seed_of(begin))
-            sums = self.model(part.tokens_BT, part.segments, part.labels_BT)
-            (sums.loss_sum / divisor).backward()
-            loss_sum += sums.loss_sum.detach()
-            self._collect_gradients()
+        begins = range(0, len(batch), self.micro_batch_rows)
+        compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
+        for part_sum, gradients in self._lanes.map(
+            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)), begins
+        ):
+            loss_sum += part_sum
+            for name, gradient in gradients.items():
+                self._add_gradient(name, gradient)
         return StepSums(loss_sum, batch.num_loss_tokens)
 
-    def _collect_gradients(self) -> None:
-        for name, copy in self._copies.items():
-            if copy.grad is None:
-                continue
-            master = self.masters[name]
-            if master.grad is None:
-                master.grad = copy.grad.float()
-            else:
-                master.grad += copy.grad
+    def _accumulate(self, part: RowBatch, divisor: int, seed: int) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """Gradients of a micro-batch go straight to where they are summed: no second set of them exists."""
+        if part.num_loss_tokens == 0:
+            return 0.0, {}
+        torch.manual_seed(seed)
+        sums = self._forward(part)
+        torch.autograd.backward(sums.loss_sum / divisor)
+        gradients = {name: copy.grad for name, copy in self._copies.items() if copy.grad is not None}
+        for copy in self._copies.values():
             copy.grad = None
+        return sums.loss_sum.detach(), gradients
+
+    def _gradients_apart(self, part: RowBatch, divisor: int, seed: int) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """Gradients of a micro-batch as tensors of their own. `seed` is not used: lanes share one generator, so a
+        model with dropout has one lane."""
+        if part.num_loss_tokens == 0:
+            return 0.0, {}
+        sums = self._forward(part)
+        gradients = torch.autograd.grad(sums.loss_sum / divisor, list(self._computing.values()), allow_unused=True)
+        named = zip(self._computing, gradients, strict=True)
+        return sums.loss_sum.detach(), {name: gradient for name, gradient in named if gradient is not None}
+
+    def _forward(self, part: RowBatch) -> LossSums:
+        part = part.to(self.device)
+        sums: LossSums = self.model(part.tokens_BT, part.segments, part.labels_BT)
+        return sums
+
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        master = self.masters[name]
+        if master.grad is None:
+            master.grad = gradient.to(torch.float32, copy=True)
+        else:
+            master.grad += gradient
 
     def gradient_norm(self) -> float:
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]

@@ -16,6 +16,8 @@ from groundup.train.duration import in_steps
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch whose activations stay in a CPU's last-level cache."""
+LANE_TOKENS = 512
+"""Tokens of a micro-batch below which a CPU's products get slow: no lane is opened for fewer."""
 CUDA_MICRO_BATCH_TOKENS = 16384
 GFLOPS_PER_CORE = {torch.float32: 50.0, torch.bfloat16: 200.0}
 """Nominal rates of a core, only to tell long runs from short ones."""
@@ -23,6 +25,8 @@ COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 RESOLVED = "resolved.json"
+PINNED = ("precision", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes")
+"""What decides the bits: a resumed run keeps it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Resolved:
     micro_batch_rows: int
     compile: bool
     num_threads: int
+    num_lanes: int
+    """Micro-batches computed at the same time."""
     batch_rows: int
     total_steps: int
 
@@ -43,7 +49,7 @@ class Resolved:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int) -> Resolved:
+def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int, has_dropout: bool = False) -> Resolved:
     """Resolve a section. Raises ConfigError for a batch that its rows do not divide."""
     if config.batch_size_tokens % config.row_length:
         nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
@@ -70,23 +76,29 @@ def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int)
         config.duration, batch_rows=batch_rows, row_length=config.row_length, rows_per_epoch=rows_per_epoch
     )
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
+    compiles = _compiles(config, device, precision, 6.0 * matrix_parameters * total_steps * config.batch_size_tokens)
+    # compiled code and the generator of dropout belong to one thread
+    can_open_lanes = device == "cpu" and not compiles and not has_dropout
+    lanes = max(1, min(num_threads, config.batch_size_tokens // LANE_TOKENS)) if can_open_lanes else 1
+    micro_batch_rows = _micro_batch_rows(config, device, batch_rows, lanes)
     return Resolved(
         device=device,
         precision=precision,
         attention=attention,
-        micro_batch_rows=_micro_batch_rows(config, device, batch_rows),
-        compile=_compiles(config, device, precision, 6.0 * matrix_parameters * total_steps * config.batch_size_tokens),
+        micro_batch_rows=micro_batch_rows,
+        compile=compiles,
         num_threads=num_threads,
+        num_lanes=min(lanes, -(-batch_rows // micro_batch_rows)),
         batch_rows=batch_rows,
         total_steps=total_steps,
     )
 
 
-def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int) -> int:
+def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int, lanes: int) -> int:
     if config.micro_batch_rows != "auto":
         return min(config.micro_batch_rows, batch_rows)
     tokens = CUDA_MICRO_BATCH_TOKENS if device == "cuda" else CPU_MICRO_BATCH_TOKENS
-    wanted = max(1, min(batch_rows, tokens // config.row_length))
+    wanted = max(1, min(batch_rows // lanes, tokens // config.row_length))
     return max(rows for rows in range(1, wanted + 1) if batch_rows % rows == 0)
 
 
@@ -106,14 +118,15 @@ def _compiles(config: TrainConfig, device: str, precision: str, flops: float) ->
     return machine.has_compiler() and seconds > COMPILE_PAYS_AFTER_SECONDS
 
 
-def resolve_once(folder: Path, config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int) -> Resolved:
+def resolve_once(
+    folder: Path, config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int, has_dropout: bool = False
+) -> Resolved:
     """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with."""
-    fresh = resolve(config, rows_per_epoch=rows_per_epoch, matrix_parameters=matrix_parameters)
+    fresh = resolve(config, rows_per_epoch=rows_per_epoch, matrix_parameters=matrix_parameters, has_dropout=has_dropout)
     path = folder / RESOLVED
     if path.exists():
         before: dict[str, Any] = read_json(path)
-        kept = {name: before[name] for name in ("precision", "attention", "micro_batch_rows", "compile", "num_threads")}
-        return Resolved(**(asdict(fresh) | kept))
+        return Resolved(**(asdict(fresh) | {name: before[name] for name in PINNED}))
     write_json(path, asdict(fresh))
     return fresh
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundup.base.errors import Preempted
 from groundup.base.log import Log
@@ -104,8 +104,13 @@ class TrainingRun:
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.config = job, job.config
         matrix_parameters = sum(p.numel() for p in job.model.parameters() if p.dim() >= 2)
+        has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in job.model.modules())
         self.resolved = resolve_once(
-            job.folder, job.config, rows_per_epoch=job.source.rows_per_epoch, matrix_parameters=matrix_parameters
+            job.folder,
+            job.config,
+            rows_per_epoch=job.source.rows_per_epoch,
+            matrix_parameters=matrix_parameters,
+            has_dropout=has_dropout,
         )
         apply_threads(self.resolved)
         job.model.use_attention(self.resolved.attention)
@@ -116,6 +121,7 @@ class TrainingRun:
             dtype=self.resolved.dtype,
             device=self.resolved.device,
             micro_batch_rows=self.resolved.micro_batch_rows,
+            num_lanes=self.resolved.num_lanes,
         )
         if self.resolved.compile:
             for block in job.model.model.layers:

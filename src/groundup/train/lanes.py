@@ -1,0 +1,56 @@
+"""Several micro-batches at once on a CPU: one Python thread each, results in order, the same bits each time.
+
+Products of a small model are too short for two cores to share one; two whole micro-batches side by side have nothing
+to wait for.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """`num_lanes` threads that share the process's compute threads; one lane is the calling thread itself."""
+
+    def __init__(self, num_lanes: int) -> None:
+        self.num_lanes = num_lanes
+        if num_lanes == 1:
+            return
+        threads = torch.get_num_threads()
+        all_began = threading.Barrier(num_lanes)
+        self._pool = ThreadPoolExecutor(
+            num_lanes,
+            thread_name_prefix="lane",
+            initializer=_use_threads,
+            initargs=(max(1, threads // num_lanes),),
+        )
+        for began in [self._pool.submit(all_began.wait) for _ in range(num_lanes)]:
+            began.result()
+        # the number is the process's too: later threads, and this one, keep what they had
+        torch.set_num_threads(threads)
+
+    def map(self, function: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
+        """`function` of each part, in order; no more than `num_lanes` results exist at a time."""
+        if self.num_lanes == 1:
+            yield from map(function, parts)
+            return
+        at_work: deque[Future[Result]] = deque()
+        for part in parts:
+            if len(at_work) == self.num_lanes:
+                yield at_work.popleft().result()
+            at_work.append(self._pool.submit(function, part))
+        while at_work:
+            yield at_work.popleft().result()
+
+
+def _use_threads(num_threads: int) -> None:
+    # a thread takes the process's number when it first asks, and would undo a number set before that
+    torch.get_num_threads()
+    torch.set_num_threads(num_threads)
