@@ -63,6 +63,8 @@ def test_only_long_runs_with_a_compiler_are_compiled(monkeypatch, make_config):
         ({"row_length": 256, "batch_size_tokens": 2048, "num_threads": 1}, 1, 8),
         ({"row_length": 256, "batch_size_tokens": 2048, "num_threads": 2}, 2, 4),
         ({"row_length": 256, "batch_size_tokens": 2048, "micro_batch_rows": 8}, 1, 8),
+        ({"row_length": 512, "batch_size_tokens": 8192, "num_threads": 2}, 2, 2),
+        ({"row_length": 512, "batch_size_tokens": 8192, "num_threads": 8}, 8, 1),
         ({"row_length": 2048, "batch_size_tokens": 2048}, 1, 1),
     ],
 )

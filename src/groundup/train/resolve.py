@@ -15,7 +15,7 @@ from groundup.train.config import TrainConfig
 from groundup.train.duration import in_steps
 
 CPU_MICRO_BATCH_TOKENS = 2048
-"""Tokens of a micro-batch whose activations stay in a CPU's last-level cache."""
+"""Tokens at work whose activations stay in a CPU's last-level cache; lanes share them."""
 LANE_TOKENS = 512
 """Tokens of a micro-batch below which a CPU's products get slow: no lane is opened for fewer."""
 CUDA_MICRO_BATCH_TOKENS = 16384
@@ -97,7 +97,7 @@ def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int,
 def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int, lanes: int) -> int:
     if config.micro_batch_rows != "auto":
         return min(config.micro_batch_rows, batch_rows)
-    tokens = CUDA_MICRO_BATCH_TOKENS if device == "cuda" else CPU_MICRO_BATCH_TOKENS
+    tokens = CUDA_MICRO_BATCH_TOKENS if device == "cuda" else max(LANE_TOKENS, CPU_MICRO_BATCH_TOKENS // lanes)
     wanted = max(1, min(batch_rows // lanes, tokens // config.row_length))
     return max(rows for rows in range(1, wanted + 1) if batch_rows % rows == 0)
 
