@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from groundup.base.errors import ConfigError, DataError, GroundupError, Preempte
 from groundup.base.log import Log
 from groundup.base.machine import prepare_process
 from groundup.base.settings import section_help
+from groundup.base.signals import stop_request
 
 app = App(
     name="groundup",
@@ -85,6 +86,10 @@ STAGE_COMMANDS = {
     "sft": ("Fine-tune on chats.", ("sft", "seed")),
     "lora": ("Train an adapter on chats.", ("lora", "seed")),
 }
+
+
+WORKING_COMMANDS = {*STAGE_COMMANDS, "run", "quickstart", "eval", "merge"}
+"""Commands that a signal asks to stop, so that the same command goes on."""
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -331,9 +336,9 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
     """Print an error that a person can mend as one line, and exit with its code."""
     try:
         yield
-    except Preempted as stop:
-        print(stop.line(), file=sys.stderr)
-        sys.exit(stop.exit_code)
+    except Preempted as preempted:
+        print(preempted.line(), file=sys.stderr)
+        sys.exit(preempted.exit_code)
     except GroundupError as error:
         if debug:
             import traceback
@@ -342,8 +347,13 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
         print(f"ERROR {error.line()}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what was finished", file=sys.stderr)
-        sys.exit(Preempted.exit_code)
+        stop = Preempted(
+            "E-PREEMPTED",
+            what="stopped; what was finished or saved before is kept",
+            next="run the same command again to go on",
+        )
+        print(stop.line(), file=sys.stderr)
+        sys.exit(stop.exit_code)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
@@ -364,7 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
             app[arguments[0]].help_epilogue = _stage_help(*STAGE_COMMANDS[arguments[0]][1])
         try:
-            app(arguments, exit_on_error=False, print_error=False)
+            with stop_request() if arguments and arguments[0] in WORKING_COMMANDS else nullcontext():
+                app(arguments, exit_on_error=False, print_error=False)
         except CycloptsError as error:
             raise ConfigError(
                 "E-CLI", what=" ".join(str(error).split()).rstrip("."), next="see `groundup --help`"

@@ -267,6 +267,46 @@ def test_another_change_than_the_allowed_is_refused(run):
         run.begin(changed, ChangePolicy(allow_change=["min_characters"]), resumable=True)
 
 
+def finish_with_checkpoint(run):
+    attempt = save_checkpoint(run.begin(KEY, ALLOW_NONE, resumable=True))
+    run.commit(attempt)
+    return attempt
+
+
+def test_a_finished_stage_goes_on_where_its_changes_were_allowed(run):
+    finish_with_checkpoint(run)
+    again = run.begin(NEW_KEY, ChangePolicy(allow_change=["min_characters"]), resumable=True)
+    assert again.is_continued and again.changes == {"corpus.filters.min_characters": (1, 9)}
+    assert list(again.folder.glob("checkpoints/*/*/MANIFEST.json")) and not again.target.exists()
+    assert run.commit(again).key == NEW_KEY and read_manifest(again.target).key == NEW_KEY
+
+
+def test_a_finished_stage_whose_changes_were_not_all_allowed_begins_again(run):
+    finish_with_checkpoint(run)
+    changed = replace(KEY, config={"corpus": {"source": "b.txt", "filters": {"min_characters": 9}}})
+    again = run.begin(changed, ChangePolicy(allow_change=["min_characters"]), resumable=True)
+    assert not again.is_continued and not list(again.folder.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("call", ["rename", "unlink"])
+def test_cut_while_it_is_opened_again_nothing_is_lost(run, monkeypatch, call):
+    finish_with_checkpoint(run)
+
+    def cut(self, *arguments, **options):
+        if self.name in ("corpus", MANIFEST):
+            raise OSError("the machine is gone")
+        return whole(self, *arguments, **options)
+
+    whole = getattr(Path, call)
+    policy = ChangePolicy(allow_change=["min_characters"])
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(Path, call, cut)
+        run.begin(NEW_KEY, policy, resumable=True)
+    with run.lock():
+        again = run.begin(NEW_KEY, policy, resumable=True)
+    assert again.is_continued and list(again.folder.glob("checkpoints/*/*/MANIFEST.json"))
+
+
 def test_restart_begins_an_unfinished_stage_again(run):
     (run.begin(KEY, ALLOW_NONE, resumable=True).folder / "half.txt").write_text("ha")
     again = run.begin(NEW_KEY, ChangePolicy(restart=True), resumable=True)

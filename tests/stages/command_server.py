@@ -22,14 +22,14 @@ from groundup.train.run import TrainingRun  # noqa: E402
 
 def interrupt_at(step: int) -> None:
     """Send this process a SIGINT when a step of training is done."""
-    record = TrainingRun._record
+    record = TrainingRun._record_timing
 
-    def record_and_interrupt(self, result, looks):
-        record(self, result, looks)
+    def record_and_interrupt(self, result):
+        record(self, result)
         if result.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    TrainingRun._record = record_and_interrupt
+    TrainingRun._record_timing = record_and_interrupt
 
 
 def work(arguments, environment, step, err) -> None:

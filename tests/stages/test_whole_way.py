@@ -140,6 +140,18 @@ def test_an_unfinished_stage_whose_settings_changed_asks_what_to_do(copy):
     assert groundup("sft", recipe, "--runs-dir", runs, "--sft.lr", "1e-3", "--restart").code == 0
 
 
+def test_a_finished_stage_trains_for_longer(copy):
+    recipe, runs, run = copy
+    longer = ("--runs-dir", runs, "--pretrain.duration", "9 steps", "--allow-change", "duration")
+    said = groundup("pretrain", recipe, *longer)
+    assert said.code == 0 and "goes on from step 6 of 9" in said.out and "W-CHANGED" in said.err, said
+    summary = read_json(run / "pretrain" / "summary.json")
+    assert summary["steps"] == 9 and summary["exact"] is False
+    steps = [json.loads(line)["step"] for line in (run / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 10))
+    verify(run / "pretrain", read_manifest(run / "pretrain"))
+
+
 @pytest.mark.parametrize(
     ("stage", "moment"),
     [

@@ -9,7 +9,9 @@ from groundup.base.log import Log
 from groundup.data.packing import PackedDocuments
 from groundup.data.token_store import TokenStore, TokenWriter
 from groundup.train.config import TrainConfig
+from groundup.train.guard import Guard
 from groundup.train.run import TrainingJob
+from groundup.train.state import TrainingState
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,24 @@ def make_config():
             "micro_batch_rows": 2,
         }
         return TrainConfig(**(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_guard(make_config):
+    """Makes a guard and keeps its events: (step, kind, detail)."""
+
+    def make(name_documents=str, *, state=None, log=None, **changes):
+        guard = Guard(
+            make_config(**changes),
+            state or TrainingState(),
+            log or Log(quiet=True),
+            name_documents,
+            lambda *event: guard.events.append(event),
+        )
+        guard.events = []
+        return guard
 
     return make
 

@@ -11,7 +11,6 @@ from groundup.model.loss import IGNORE_INDEX
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
 from groundup.train.engine import TorchEngine
-from groundup.train.guard import Guard
 from groundup.train.loop import training_steps
 
 
@@ -168,7 +167,7 @@ def test_a_state_of_another_model_is_refused(make_model):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_one_bad_gradient_element_stops_the_step(make_model, poison, optimizer):
+def test_one_bad_gradient_element_stops_the_step(make_model, make_guard, poison, optimizer):
     engine = make_engine(make_model(), optimizer=optimizer)
     run_steps(engine, 0, 1)
     before = {part: {name: t.clone() for name, t in group.items()} for part, group in engine.state_dict().items()}
@@ -184,7 +183,7 @@ def test_one_bad_gradient_element_stops_the_step(make_model, poison, optimizer):
         engine,
         [ragged_batch(1)],
         lambda step: 1.0,
-        Guard(Log(quiet=True), lambda step: "chapter 7"),
+        make_guard(lambda step: "chapter 7"),
         seed_of=lambda step, row: 0,
         start_step=41,
     )
@@ -194,7 +193,7 @@ def test_one_bad_gradient_element_stops_the_step(make_model, poison, optimizer):
         assert all(torch.equal(group[name], before[part][name]) for name in group), part
 
 
-def test_a_batch_without_labels_is_skipped_and_counted(make_model, capsys):
+def test_a_batch_without_labels_is_skipped_and_counted(make_model, make_guard, capsys):
     engine = make_engine(make_model())
     run_steps(engine, 0, 1)
     before = {part: {name: t.clone() for name, t in group.items()} for part, group in engine.state_dict().items()}
@@ -204,7 +203,7 @@ def test_a_batch_without_labels_is_skipped_and_counted(make_model, capsys):
             engine,
             [empty, ragged_batch(2)],
             lambda step: 1.0,
-            Guard(Log(), lambda step: f"chapter {step}"),
+            make_guard(lambda step: f"chapter {step}", log=Log()),
             seed_of=lambda step, row: 0,
             start_step=5,
         )
@@ -220,7 +219,7 @@ def test_a_batch_without_labels_is_skipped_and_counted(make_model, capsys):
             alone,
             [ragged_batch(2)],
             lambda step: 1.0,
-            Guard(Log(quiet=True), str),
+            make_guard(),
             seed_of=lambda step, row: 0,
             start_step=6,
         )

@@ -144,8 +144,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_job, mak
     run = TrainingRun(job)
     whole = run.engine.forward_backward
 
-    def spoil(batch, seed_of):
-        sums = whole(batch, seed_of)
+    def spoil(batch, seed_of, should_stop):
+        sums = whole(batch, seed_of, should_stop)
         if run.state.step == 6:
             run.engine.masters["model.norm.weight"].grad[0] = float("nan")
             spoil.before = {name: master.detach().clone() for name, master in run.engine.masters.items()}
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_job, mak
     with pytest.raises(NumericsError, match="chapter 7 at step 7"):
         run.run()
     assert all(torch.equal(master, spoil.before[name]) for name, master in run.engine.masters.items())
-    assert TrainingRun(job).state.step == 4, "the last good checkpoint stands"
+    assert TrainingRun(job).state.step == 6, "the state before the bad step is saved"
 
 
 def test_skipped_steps_are_counted_and_have_no_loss(make_job, monkeypatch):

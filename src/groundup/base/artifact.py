@@ -114,6 +114,10 @@ class ChangePolicy:
     """Begin the stage again."""
 
 
+def _is_allowed(name: str, policy: ChangePolicy) -> bool:
+    return name in policy.allow_change or name.split(".")[-1] in policy.allow_change
+
+
 @dataclass(frozen=True)
 class Attempt:
     """A stage at work: the folder it writes into, and whether something of an earlier try stands there."""
@@ -122,6 +126,8 @@ class Attempt:
     folder: Path
     target: Path
     is_continued: bool
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Parts of the key that are not those it began with, where that was allowed: (old, new) by name."""
 
 
 _locks_held: list[IO[str]] = []
@@ -228,13 +234,15 @@ class RunFolder:
                     )
             self._remove_attempt(attempt.folder)
             return None
+        if manifest is not None and resumable and not policy.restart and self._may_go_on(manifest, key, policy, target):
+            return self._reopen(attempt, manifest)
         if attempt.folder.exists():
             if resumable and not policy.restart and (attempt.folder / ATTEMPT).exists():
                 before = StageKey(**read_json(attempt.folder / ATTEMPT))
                 if has_checkpoints or not differences(before, key):
-                    self._check_changes(attempt, before, policy)
+                    changes = self._checked_changes(attempt, before, policy)
                     write_json(attempt.folder / ATTEMPT, asdict(key))
-                    return Attempt(key, attempt.folder, target, is_continued=True)
+                    return Attempt(key, attempt.folder, target, is_continued=True, changes=changes)
             shutil.rmtree(attempt.folder)
         if target.exists():
             if old.exists():
@@ -245,20 +253,38 @@ class RunFolder:
         write_json(attempt.folder / ATTEMPT, asdict(key))
         return attempt
 
-    def _check_changes(self, attempt: Attempt, before: StageKey, policy: ChangePolicy) -> None:
-        changed = {
-            name: values
-            for name, values in differences(before, attempt.key).items()
-            if name not in policy.allow_change and name.split(".")[-1] not in policy.allow_change
-        }
-        if changed:
-            listing = ", ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in changed.items())
+    def _may_go_on(self, manifest: Manifest, key: StageKey, policy: ChangePolicy, target: Path) -> bool:
+        """Whether a finished stage's changes were all allowed, and it has checkpoints to go on from."""
+        changed = differences(manifest.key, key)
+        return all(_is_allowed(name, policy) for name in changed) and any(
+            (target / CHECKPOINTS).glob(f"*/*/{MANIFEST}")
+        )
+
+    def _reopen(self, attempt: Attempt, manifest: Manifest) -> Attempt:
+        """A finished stage goes on from its last checkpoint, such as with a longer duration."""
+        self._remove_attempt(attempt.folder)
+        attempt.folder.parent.mkdir(parents=True, exist_ok=True)
+        # in this order: cut anywhere, it is a finished stage or one that goes on
+        write_json(attempt.target / ATTEMPT, asdict(attempt.key))
+        attempt.target.rename(attempt.folder)
+        (attempt.folder / MANIFEST).unlink()
+        sync_folder(attempt.folder)
+        changes = differences(manifest.key, attempt.key)
+        return Attempt(attempt.key, attempt.folder, attempt.target, is_continued=True, changes=changes)
+
+    def _checked_changes(self, attempt: Attempt, before: StageKey, policy: ChangePolicy) -> dict[str, tuple[Any, Any]]:
+        """What differs from the key the attempt began with. Raises ConfigError where that was not allowed."""
+        changes = differences(before, attempt.key)
+        refused = {name: values for name, values in changes.items() if not _is_allowed(name, policy)}
+        if refused:
+            listing = ", ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in refused.items())
             raise ConfigError(
                 "E-STAGE-CHANGED",
                 what=f"{attempt.key.stage} is unfinished and its settings changed: {listing}",
                 where=attempt.folder,
-                next=f"go on with `--allow-change {next(iter(changed))}`, or begin again with `--restart`",
+                next=f"go on with `--allow-change {next(iter(refused))}`, or begin again with `--restart`",
             )
+        return changes
 
     def commit(self, attempt: Attempt) -> Manifest:
         """Hash and sync everything in the attempt, write its manifest, and give it its fixed name."""

@@ -1,7 +1,8 @@
 """Named failpoints: faults that a test injects by an environment variable; without it, nothing happens.
 
 `GROUNDUP_FAILPOINT=NAME:ACTION:NTH` makes the NTH passage (from 1) through `reach("NAME")` fail, ACTION being
-kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full) or stall (sleep for an hour).
+kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full), stall (sleep for an hour), or nan
+(the caller is told to spoil its numbers).
 """
 
 import errno
@@ -14,17 +15,17 @@ VARIABLE = "GROUNDUP_FAILPOINT"
 _passages: Counter[str] = Counter()
 
 
-def reach(name: str) -> None:
-    """Pass the failpoint `name`; fails only where the environment asks for it."""
+def reach(name: str) -> bool:
+    """Pass the failpoint `name`; fails only where the environment asks for it. True: put a NaN into the numbers."""
     wanted = os.environ.get(VARIABLE)
     if not wanted:
-        return
+        return False
     wanted_name, action, nth = wanted.split(":")
     if wanted_name != name:
-        return
+        return False
     _passages[name] += 1
     if _passages[name] != int(nth):
-        return
+        return False
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "raise":
@@ -33,5 +34,6 @@ def reach(name: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
     elif action == "stall":
         time.sleep(3600)
-    else:
+    elif action != "nan":
         raise ValueError(f"unknown failpoint action {action!r}")
+    return action == "nan"

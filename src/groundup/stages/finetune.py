@@ -75,6 +75,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         source=source,
         validation={"chats": held_out},
         folder=attempt.folder,
+        changes=attempt.changes,
         log=work.log,
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from groundup.base.config import COSMETIC
 from groundup.optim.config import OptimConfig
@@ -43,6 +43,21 @@ class TrainConfig(OptimConfig):
     checkpoint_every: Duration | None = Field(None, json_schema_extra=COSMETIC)
     """Interval between checkpoints; None saves at a signal and at the end."""
     keep_checkpoints: PositiveInt = Field(2, json_schema_extra=COSMETIC)
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep; the one with the smallest validation loss stays too."""
+    keep_every: Duration | None = Field(None, json_schema_extra=COSMETIC)
+    """Checkpoints at multiples of this interval stay for good."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """What to do before a step whose loss or gradient is not finite: stop with the weights as they were, pass over the
+    batch, or go back to the last checkpoint and leave the batch out."""
+    on_spike: Literal["off", "warn", "skip", "rewind", "stop"] = "warn"
+    """What to do before a step whose loss stands far above the recent ones."""
+    spike_deviations: PositiveFloat = 10.0
+    """Robust standard deviations above the median of the recent losses that make a spike."""
+    spike_window: PositiveInt = 64
+    """Recent losses a spike is measured against; no step is judged before half of them are there."""
+    spike_batches: PositiveInt = 1
+    """Batches that a rewind leaves out: the one that was judged and those before it."""
+    max_rewinds: NonNegativeInt = 3
+    """Rewinds in one run; the next bad step stops it."""
     num_threads: PositiveInt | Literal["auto"] = "auto"
     """Threads of a CPU's products; auto takes every core."""

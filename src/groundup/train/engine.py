@@ -1,6 +1,6 @@
 """The engine: what one optimizer step is made of. The loop knows only the Protocol."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from groundup.base.errors import CheckpointError
+from groundup.base.failpoints import reach
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import LossSums
@@ -29,11 +30,20 @@ class StepSums:
         return float(self.loss_sum) / self.num_loss_tokens if self.num_loss_tokens else float("nan")
 
 
+class StepAbandoned(Exception):
+    """A step was given up between two micro-batches: nothing of it is left."""
+
+
 class Engine(Protocol):
     """Gradients, norm and update of one optimizer step."""
 
-    def forward_backward(self, batch: RowBatch, seed_of: Callable[[int], int]) -> StepSums:
-        """Gradients of loss sum / supervised tokens of the batch; `seed_of(row)` seeds dropout of a micro-batch."""
+    def forward_backward(
+        self, batch: RowBatch, seed_of: Callable[[int], int], should_stop: Callable[[], bool] = ...
+    ) -> StepSums:
+        """Gradients of loss sum / supervised tokens of the batch; `seed_of(row)` seeds dropout of a micro-batch.
+
+        Raises StepAbandoned if `should_stop` says so before a micro-batch.
+        """
         ...
 
     def gradient_norm(self) -> float:
@@ -90,14 +100,26 @@ class TorchEngine:
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
         self._norm = 0.0
 
-    def forward_backward(self, batch: RowBatch, seed_of: Callable[[int], int]) -> StepSums:
+    def forward_backward(
+        self,
+        batch: RowBatch,
+        seed_of: Callable[[int], int],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> StepSums:
         """As the Protocol says; the divisor is counted before the first backward."""
+
+        def begins() -> Iterator[int]:
+            for begin in range(0, len(batch), self.micro_batch_rows):
+                if should_stop():
+                    self.discard_gradients()
+                    raise StepAbandoned
+                yield begin
+
         divisor = max(1, batch.num_loss_tokens)
         loss_sum = torch.zeros((), device=self.device)
-        begins = range(0, len(batch), self.micro_batch_rows)
         compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
         for part_sum, gradients in self._lanes.map(
-            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)), begins
+            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)), begins()
         ):
             loss_sum += part_sum
             for name, gradient in gradients.items():
@@ -140,6 +162,8 @@ class TorchEngine:
 
     def gradient_norm(self) -> float:
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        if reach("opt.pre_step"):
+            gradients[0].view(-1)[0] = float("nan")
         self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         return self._norm
 

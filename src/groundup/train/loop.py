@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+
+import torch
 
 from groundup.data.rows import RowBatch
 from groundup.train.engine import Engine, StepSums
-from groundup.train.guard import Guard
+from groundup.train.guard import Guard, Verdict
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class StepResult:
     optimizer_seconds: float
 
 
+class RewindWanted(Exception):
+    """The guard wants the run back at its last checkpoint, without the batch of `step` (counted from 0)."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
 def training_steps(
     engine: Engine,
     batches: Iterable[RowBatch],
@@ -31,9 +42,18 @@ def training_steps(
     *,
     seed_of: Callable[[int, int], int],
     start_step: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    finish: Callable[[StepResult], None] = lambda result: None,
+    update: AbstractContextManager[object] | None = None,
 ) -> Iterator[StepResult]:
-    """Yield one StepResult per optimizer step. Raises NumericsError from the guard before a bad step is applied."""
+    """Yield one StepResult per optimizer step.
+
+    Weights change, and `finish` is told of it, inside `update` only: outside of it they and what `finish` keeps belong
+    together. Raises NumericsError or RewindWanted from the guard before a bad step is applied, StepAbandoned from the
+    engine where `should_stop` says so.
+    """
     iterator = iter(batches)
+    update = update or nullcontext()
     step = start_step
     while True:
         began = time.perf_counter()
@@ -41,24 +61,33 @@ def training_steps(
         if batch is None:
             return
         have_data = time.perf_counter()
-        sums = engine.forward_backward(batch, lambda row, step=step: seed_of(step, row))  # type: ignore[misc]
-        grad_norm = engine.gradient_norm()
-        have_gradients = time.perf_counter()
-        is_healthy = guard.judge(step, sums, grad_norm)
-        if is_healthy:
-            rates = engine.optimizer_step(lr_multiplier(step))
+        if guard.is_passed_over(step):
+            sums, grad_norm, verdict = StepSums(torch.zeros(()), 0), 0.0, Verdict.SKIP
         else:
+            sums = engine.forward_backward(batch, lambda row, step=step: seed_of(step, row), should_stop)  # type: ignore[misc]
+            grad_norm = engine.gradient_norm()
+            try:
+                verdict = guard.judge(step, sums, grad_norm)
+            except BaseException:
+                engine.discard_gradients()
+                raise
+        have_gradients = time.perf_counter()
+        if verdict is Verdict.REWIND:
             engine.discard_gradients()
-            rates = {}
-        finished = time.perf_counter()
-        step += 1
-        yield StepResult(
-            step,
-            sums,
-            grad_norm,
-            rates,
-            not is_healthy,
-            have_data - began,
-            have_gradients - have_data,
-            finished - have_gradients,
-        )
+            raise RewindWanted(step)
+        with update:
+            rates = engine.optimizer_step(lr_multiplier(step)) if verdict is Verdict.APPLY else {}
+            engine.discard_gradients()
+            step += 1
+            result = StepResult(
+                step,
+                sums,
+                grad_norm,
+                rates,
+                verdict is not Verdict.APPLY,
+                have_data - began,
+                have_gradients - have_data,
+                time.perf_counter() - have_gradients,
+            )
+            finish(result)
+        yield result

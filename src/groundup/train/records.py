@@ -21,6 +21,11 @@ class JsonLines:
         self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
+    def cut(self, keep_bytes: int) -> None:
+        """Drop everything after the first `keep_bytes` bytes."""
+        self._file.truncate(keep_bytes)
+        self._file.seek(keep_bytes)
+
     def num_bytes(self) -> int:
         """Length of the file, on the disk."""
         os.fsync(self._file.fileno())

@@ -1,21 +1,22 @@
 """One training run from its first step or last checkpoint to its end: the same for pretraining, SFT and LoRA."""
 
-import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from groundup.base.errors import Preempted
-from groundup.base.log import Log
+from groundup.base.errors import CheckpointError, NumericsError, Preempted
+from groundup.base.log import Log, Progress
 from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
+from groundup.base.signals import StopRequest, stop_request
 from groundup.checkpoint.store import newest_checkpoint, retain, save_checkpoint
 from groundup.data.loader import prefetched_batches
 from groundup.data.rows import RowSource
@@ -23,11 +24,12 @@ from groundup.model.causal_lm import CausalLM
 from groundup.optim.schedules import lr_multiplier
 from groundup.train.config import TrainConfig
 from groundup.train.duration import in_steps
-from groundup.train.engine import TorchEngine
+from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.guard import Guard
-from groundup.train.loop import StepResult, training_steps
+from groundup.train.loop import RewindWanted, StepResult, training_steps
 from groundup.train.records import JsonLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once
+from groundup.train.state import TrainingState
 from groundup.train.validation import validation_figures
 
 
@@ -47,21 +49,10 @@ class TrainingJob:
     """Documents of a step's batch, in words, for the guard."""
     sample: Callable[[CausalLM, str], str]
     """Continues a prompt."""
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Settings that are not those the run began with: (old, new) by name."""
     token_bytes: NDArray[np.integer[Any]] | None = None
     """Bytes each id stands for; None where that is not defined."""
-
-
-@dataclass
-class TrainingState:
-    """All that changes in a run beside weights and optimizer; saved whole, nothing else is remembered."""
-
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    skipped_steps: int = 0
-    elapsed_seconds: float = 0.0
-    metrics_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,30 +63,6 @@ class TrainingOutcome:
     """Trained tensors by name, fp32."""
     resolved: Resolved
     figures: dict[str, Any] = field(default_factory=dict)
-
-
-class _StopRequest:
-    """Turns SIGINT, SIGTERM and SIGHUP into a wish to stop after the step; a second SIGINT stops at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopRequest":
-        for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class TrainingRun:
@@ -128,15 +95,27 @@ class TrainingRun:
                 block.compile()
         self.state = TrainingState()
         self.checkpoints = job.folder / "checkpoints"
-        found = newest_checkpoint(self.checkpoints, job.log)
-        if found is not None:
-            self.state = TrainingState(**found.state)
-            self.engine.load_state_dict({name: found.tensors(name) for name in ("model", "optimizer")})
-        self.is_resumed = found is not None
+        self.is_resumed = self._load()
         self.metrics = JsonLines(job.folder / "metrics.jsonl", keep_bytes=self.state.metrics_bytes)
         self.timing = JsonLines(job.folder / "timing.jsonl")
         self.events = JsonLines(job.folder / "events.jsonl")
-        self._saved_step = self.state.step if found is not None else -1
+        self._saved_step = self.state.step if self.is_resumed else -1
+        self._saving_seconds = 0.0
+        self._state_is_whole = threading.Lock()
+        self._saving = threading.RLock()
+        self._intervals = {
+            name: self._steps_of(getattr(self.config, name))
+            for name in ("validate_every", "sample_every", "log_every", "checkpoint_every")
+        }
+
+    def _load(self) -> bool:
+        """Take up the newest checkpoint; False where there is none."""
+        found = newest_checkpoint(self.checkpoints, self.job.log)
+        if found is None:
+            return False
+        self.state = TrainingState(**found.state)
+        self.engine.load_state_dict({name: found.tensors(name) for name in ("model", "optimizer")})
+        return True
 
     def _steps_of(self, duration: str | None) -> int:
         """Interval in steps; 0 for never."""
@@ -151,14 +130,47 @@ class TrainingRun:
 
     def run(self) -> TrainingOutcome:
         """Train to the end. Raises Preempted after saving when a signal asks to stop."""
-        total = self.resolved.total_steps
-        intervals = {
-            name: self._steps_of(getattr(self.config, name))
-            for name in ("validate_every", "sample_every", "log_every", "checkpoint_every")
-        }
+        self._note_changes()
         if self.is_resumed:
-            self.events.write({"step": self.state.step, "kind": "resume", "detail": "from its last checkpoint"})
-            self.job.log.say(f"  goes on from step {self.state.step} of {total}")
+            self._event(self.state.step, "resume", "from its last checkpoint")
+            self.job.log.say(f"  goes on from step {self.state.step} of {self.resolved.total_steps}")
+        elif "rewind" in (self.config.on_nonfinite, self.config.on_spike):
+            self._save()  # where a rewind before the first checkpoint goes
+        with stop_request() as stop, stop.polled(self._rescue), self.job.log.progress() as line:
+            is_done = False
+            while not is_done:
+                try:
+                    self._train(stop, line)
+                    is_done = True
+                except StepAbandoned:
+                    self._stop_for(stop)
+                except RewindWanted as wanted:
+                    self._rewind(wanted.step)
+                except NumericsError:
+                    self._save()
+                    raise
+            self._save()
+        return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
+
+    def _note_changes(self) -> None:
+        """A resumed run whose settings or machine are not those it began with goes on and is marked."""
+        here = {
+            "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "device": self.resolved.device,
+        }
+        before = self.state.environment or here
+        changed = [f"{name}: {before.get(name)} → {here[name]}" for name in here if before.get(name) != here[name]]
+        changed += [f"{name}: {old!r} → {new!r}" for name, (old, new) in self.job.changes.items()]
+        self.state.environment = here
+        if self.is_resumed and changed:
+            self.state.is_exact = False
+            self._event(self.state.step, "change", ", ".join(changed))
+            self.job.log.warn("W-CHANGED", f"goes on otherwise than it began: {', '.join(changed)}")
+
+    def _train(self, stop: StopRequest, line: Progress) -> None:
+        """Take steps until the last. Raises StepAbandoned where a signal asked to stop."""
+        total = self.resolved.total_steps
         batches = prefetched_batches(
             self.job.source, batch_rows=self.resolved.batch_rows, first_step=self.state.step, last_step=total
         )
@@ -166,43 +178,74 @@ class TrainingRun:
             self.engine,
             batches,
             lambda step: lr_multiplier(step, self.config, total),
-            Guard(self.job.log, self.job.name_documents),
+            Guard(self.config, self.state, self.job.log, self.job.name_documents, self._event),
             start_step=self.state.step,
             seed_of=lambda step, row: derive_seed(self.job.seed, self.job.name, "dropout", step, row),
+            should_stop=stop.is_asked,
+            finish=self._count,
+            update=self._state_is_whole,
         )
-        began, before = time.monotonic(), self.state.elapsed_seconds
+        self._began, self._elapsed_before = time.monotonic(), self.state.elapsed_seconds
         first_step, validation_text = self.state.step, ""
-        with _StopRequest() as stop, self.job.log.progress() as line:
-            for result in steps:
-                self._count(result)
-                self.state.elapsed_seconds = before + time.monotonic() - began
-                is_last = result.step == total
-                looks = self._validate() if is_last or _is_due(result.step, intervals["validate_every"]) else None
-                self._record(result, looks)
-                if looks:
-                    validation_text = "".join(f"  val {figures['loss']:.3f}" for figures in looks.values())
-                if is_last or _is_due(result.step, intervals["sample_every"]):
-                    self._sample()
-                if _is_due(result.step, intervals["checkpoint_every"]):
-                    self._save()
-                rate = (result.step - first_step) * self.config.batch_size_tokens / (time.monotonic() - began)
-                left = (total - result.step) * self.config.batch_size_tokens / rate
-                text = (
-                    f"{self.job.name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{validation_text}  "
-                    f"{rate:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
-                )
-                line.update(text)
-                if _is_due(result.step, intervals["log_every"]):
-                    self.job.log.say(f"  {text}")
-                if stop.name and not is_last:
-                    self._save()
-                    raise Preempted(
-                        "E-PREEMPTED",
-                        what=f"stopped by {stop.name} after step {result.step} of {total}; everything is saved",
-                        next="run the same command again to go on",
-                    )
+        if self.state.unwritten is not None:  # stopped between a step and its look
+            self._look(stop)
+        for result in steps:
+            looks = self._look(stop)
+            self._record_timing(result)
+            if looks:
+                validation_text = "".join(f"  val {figures['loss']:.3f}" for figures in looks.values())
+            if self._is_due("sample_every"):
+                self._sample(stop)
+            if self._is_due("checkpoint_every") and result.step < total:
+                self._save()
+            rate = (result.step - first_step) * self.config.batch_size_tokens / (time.monotonic() - self._began)
+            left = (total - result.step) * self.config.batch_size_tokens / rate
+            text = (
+                f"{self.job.name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{validation_text}  "
+                f"{rate:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
+            )
+            line.update(text)
+            if self._is_due("log_every", at_end=False):
+                self.job.log.say(f"  {text}")
+            if stop.is_asked() and result.step < total:
+                raise StepAbandoned
+
+    def _is_due(self, interval: str, *, at_end: bool = True) -> bool:
+        every, step = self._intervals[interval], self.state.step
+        return (at_end and step == self.resolved.total_steps) or (every > 0 and step % every == 0)
+
+    def _stop_for(self, stop: StopRequest) -> None:
         self._save()
-        return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
+        raise Preempted(
+            "E-PREEMPTED",
+            what=f"stopped by {stop.name} after step {self.state.step} of {self.resolved.total_steps}; "
+            "everything is saved",
+            next="run the same command again to go on",
+        )
+
+    def _rescue(self) -> str:
+        """Save from another thread while the main one computes: weights and state change only under the lock."""
+        if not (self._state_is_whole.acquire(timeout=1.0) and self._saving.acquire(timeout=1.0)):
+            return "the last save stands"
+        self._save()
+        return f"everything is saved after step {self.state.step} of {self.resolved.total_steps}"
+
+    def _rewind(self, step: int) -> None:
+        """Go back to the last checkpoint and leave out the batches up to `step`, counted from 0."""
+        rewinds = self.state.rewinds + 1
+        passed_over = {*self.state.passed_over, *range(max(0, step + 1 - self.config.spike_batches), step + 1)}
+        if not self._load():
+            raise CheckpointError(
+                "E-CKPT-NONE",
+                what="the guard asks for a rewind and no checkpoint stands",
+                where=self.checkpoints,
+                next="set `checkpoint_every`",
+            )
+        self.state.rewinds, self.state.passed_over = rewinds, sorted(passed_over)
+        self.metrics.cut(self.state.metrics_bytes)
+        self._event(step + 1, "rewind", f"to step {self.state.step}, without the batches {sorted(passed_over)}")
+        self._saved_step = -1
+        self._save()  # what is passed over is known from now on
 
     def _count(self, result: StepResult) -> None:
         state = self.state
@@ -211,37 +254,54 @@ class TrainingRun:
         state.tokens = result.step * self.config.batch_size_tokens
         state.loss_tokens += result.sums.num_loss_tokens
         state.skipped_steps += int(result.is_skipped)
-
-    def _record(self, result: StepResult, looks: dict[str, dict[str, float]] | None) -> None:
-        state = self.state
-        values: dict[str, Any] = {
-            "step": result.step,
+        state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
+        loss, grad_norm = (None, None) if result.is_skipped else (result.sums.loss, result.grad_norm)
+        state.unwritten = {
+            "step": state.step,
             "tokens": state.tokens,
             "rows": state.rows,
             "epoch": state.rows / self.job.source.rows_per_epoch,
-            "loss": None if result.is_skipped else result.sums.loss,
+            "loss": loss,
             "num_loss_tokens": result.sums.num_loss_tokens,
-            "grad_norm": result.grad_norm,
+            "grad_norm": grad_norm,
             "lr": result.lr,
             "skipped_steps": state.skipped_steps,
         }
-        if looks:
-            values["val"] = looks
-        self.metrics.write(values)
+
+    def _look(self, stop: StopRequest) -> dict[str, dict[str, float]] | None:
+        """Look at the validation rows where that is due, and write the step's line of metrics."""
+        looks = self._validate(stop) if self._is_due("validate_every") else None
+        with self._state_is_whole:
+            values = self.state.unwritten
+            assert values is not None
+            if looks:
+                values["val"] = looks
+                loss = next(iter(looks.values()))["loss"]
+                self.state.best_loss = loss if self.state.best_loss is None else min(loss, self.state.best_loss)
+            self.metrics.write(values)
+            self.state.unwritten = None
+        return looks
+
+    def _record_timing(self, result: StepResult) -> None:
         seconds = result.data_seconds + result.forward_backward_seconds + result.optimizer_seconds
         self.timing.write(
             {
                 "step": result.step,
-                "elapsed_seconds": state.elapsed_seconds,
+                "elapsed_seconds": self.state.elapsed_seconds,
                 "tokens_per_second": self.config.batch_size_tokens / seconds,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "data_seconds": result.data_seconds,
                 "forward_backward_seconds": result.forward_backward_seconds,
                 "optimizer_seconds": result.optimizer_seconds,
+                "save_seconds": self._saving_seconds,
             }
         )
+        self._saving_seconds = 0.0
 
-    def _validate(self) -> dict[str, dict[str, float]]:
+    def _event(self, step: int, kind: str, detail: Any) -> None:
+        self.events.write({"step": step, "kind": kind, "detail": detail})
+
+    def _validate(self, stop: StopRequest) -> dict[str, dict[str, float]]:
         looks = {
             name: validation_figures(
                 self.job.model,
@@ -250,24 +310,32 @@ class TrainingRun:
                 micro_batch_rows=self.resolved.micro_batch_rows,
                 device=self.resolved.device,
                 token_bytes=self.job.token_bytes,
+                should_stop=stop.is_asked,
             )
             for name, source in self.job.validation.items()
         }
         return {name: figures for name, figures in looks.items() if figures}
 
-    def _sample(self) -> None:
+    def _sample(self, stop: StopRequest) -> None:
         for prompt in self.config.sample_prompts:
+            if stop.is_asked():
+                return
             text = self.job.sample(self.job.model, prompt)
-            self.events.write({"step": self.state.step, "kind": "sample", "detail": {"prompt": prompt, "text": text}})
+            self._event(self.state.step, "sample", {"prompt": prompt, "text": text})
             self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
 
     def _save(self) -> None:
-        if self._saved_step == self.state.step:
-            return
-        self.state.metrics_bytes = self.metrics.num_bytes()
-        save_checkpoint(self.checkpoints, self.state.step, self.engine.state_dict(), vars(self.state))
-        retain(self.checkpoints, self.config.keep_checkpoints)
-        self._saved_step = self.state.step
+        with self._saving:
+            if self._saved_step == self.state.step:
+                return
+            began = time.perf_counter()
+            self.state.metrics_bytes = self.metrics.num_bytes()
+            save_checkpoint(self.checkpoints, self.state.step, self.engine.state_dict(), vars(self.state))
+            retain(self.checkpoints, self.config.keep_checkpoints)
+            self._saved_step = self.state.step
+            seconds = time.perf_counter() - began
+            self._saving_seconds += seconds
+            self._event(self.state.step, "save", f"{seconds:.3f} s")
 
     def _figures(self) -> dict[str, Any]:
         state = self.state
@@ -277,13 +345,11 @@ class TrainingRun:
             "epochs": state.rows / self.job.source.rows_per_epoch,
             "num_loss_tokens": state.loss_tokens,
             "skipped_steps": state.skipped_steps,
+            "rewinds": state.rewinds,
+            "exact": state.is_exact,
             "seconds": state.elapsed_seconds,
             "tokens_per_second": state.tokens / max(state.elapsed_seconds, 1e-9),
             "precision": self.resolved.precision,
             "compiled": self.resolved.compile,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

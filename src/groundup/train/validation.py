@@ -1,6 +1,7 @@
 """A look at held-out rows during training."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from groundup.data.rows import RowSource, read_batch
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import IGNORE_INDEX
+from groundup.train.engine import StepAbandoned
 
 
 @torch.no_grad()
@@ -20,10 +22,11 @@ def validation_figures(
     micro_batch_rows: int,
     device: str,
     token_bytes: NDArray[np.integer] | None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known.
 
-    Bits per byte count only tokens that stand for bytes: an end-of-text is none.
+    Raises StepAbandoned if `should_stop` says so before a micro-batch. Bits per byte count only tokens that stand for bytes: an end-of-text is none.
     """
     was_training = model.training
     model.eval()
@@ -31,6 +34,9 @@ def validation_figures(
     loss_sum = byte_loss_sum = 0.0
     num_tokens = num_bytes = 0
     for begin in range(0, num_rows, micro_batch_rows):
+        if should_stop():
+            model.train(was_training)
+            raise StepAbandoned
         batch = read_batch(source, begin, min(micro_batch_rows, num_rows - begin)).to(device)
         sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
         loss_sum += float(sums.loss_sum)

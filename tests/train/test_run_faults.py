@@ -1,0 +1,254 @@
+"""A run whose numbers go bad, that is stopped anywhere, whose settings change: what is applied, saved and told."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+from torch import Tensor
+
+from groundup.base.errors import NumericsError, Preempted
+from groundup.train.run import TrainingRun
+
+SCHEDULED = {"checkpoint_every": "4 steps", "validate_every": "3 steps", "sample_every": "2 steps"}
+
+
+def bits(run, outcome):
+    weights = {name: outcome.weights[name].numpy().tobytes() for name in sorted(outcome.weights)}
+    optimizer = {name: t.numpy().tobytes() for name, t in sorted(run.engine.state_dict()["optimizer"].items())}
+    metrics = (run.job.folder / "metrics.jsonl").read_bytes()
+    return hashlib.sha256(repr((weights, optimizer, metrics)).encode()).hexdigest()
+
+
+def lines(run, name):
+    return [json.loads(line) for line in (run.job.folder / name).read_text().splitlines()]
+
+
+def spoil_batches(run, *steps, times=1):
+    """Put a NaN into the gradients of some steps, counted from 0, the first times they are computed."""
+    whole, seen = run.engine.gradient_norm, []
+
+    def spoiled():
+        step = run.state.step
+        if step in steps and seen.count(step) < times:
+            seen.append(step)
+            next(iter(run.engine.masters.values())).grad.view(-1)[3] = float("nan")
+        return whole()
+
+    run.engine.gradient_norm = spoiled
+    return seen
+
+
+def all_finite(run):
+    state = run.engine.state_dict()
+    return all(torch.isfinite(tensor).all() for group in state.values() for tensor in group.values())
+
+
+def test_skip_passes_over_the_batch_and_goes_on(make_job):
+    run = TrainingRun(make_job("run", on_nonfinite="skip", **SCHEDULED))
+    spoil_batches(run, 5)
+    run.run()
+    metrics = lines(run, "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 12))
+    assert metrics[5]["loss"] is None and metrics[5]["grad_norm"] is None and metrics[10]["skipped_steps"] == 1
+    assert [(e["step"], e["kind"]) for e in lines(run, "events.jsonl") if e["kind"] == "nonfinite"] == [
+        (6, "nonfinite")
+    ]
+    assert all_finite(run)
+
+
+def test_rewind_goes_back_and_leaves_the_batch_out(make_job):
+    run = TrainingRun(make_job("run", on_nonfinite="rewind", spike_batches=2, **SCHEDULED))
+    seen = spoil_batches(run, 6, times=9)
+    outcome = run.run()
+    assert seen == [6], "the second time the batch is not computed"
+    metrics = lines(run, "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, 12)), "the file is cut back as the run is"
+    assert [line["step"] for line in metrics if line["loss"] is None] == [6, 7]
+    rewinds = [event for event in lines(run, "events.jsonl") if event["kind"] == "rewind"]
+    assert [(event["step"], event["detail"]) for event in rewinds] == [(7, "to step 4, without the batches [5, 6]")]
+    assert all_finite(run) and outcome.figures["rewinds"] == 1
+
+    again = TrainingRun(make_job("again", on_nonfinite="rewind", spike_batches=2, **SCHEDULED))
+    spoil_batches(again, 6)
+    assert bits(again, again.run()) == bits(run, outcome), "a replay decides the same"
+
+
+def test_a_rewind_before_the_first_checkpoint_goes_to_the_beginning(make_job):
+    run = TrainingRun(make_job("run", on_nonfinite="rewind"))
+    spoil_batches(run, 2)
+    run.run()
+    assert [line["loss"] is None for line in lines(run, "metrics.jsonl")][:4] == [False, False, True, False]
+
+
+def test_rewinds_end(make_job):
+    run = TrainingRun(make_job("run", on_nonfinite="rewind", max_rewinds=2, **SCHEDULED))
+    spoil_batches(run, *range(3, 11), times=99)
+    with pytest.raises(NumericsError, match="after 2 rewinds"):
+        run.run()
+    assert all_finite(run)
+
+
+def test_a_stop_saves_the_state_before_the_bad_step(make_job):
+    run = TrainingRun(make_job("run", **SCHEDULED))
+    spoil_batches(run, 6)
+    with pytest.raises(NumericsError):
+        run.run()
+    healed = TrainingRun(make_job("run", **SCHEDULED))
+    assert healed.state.step == 6
+    whole = TrainingRun(make_job("whole", **SCHEDULED))
+    assert bits(healed, healed.run()) == bits(whole, whole.run()), "as if the fault had never been"
+
+
+class StopIn:
+    """Sends a signal at the nth call of a method of the run."""
+
+    def __init__(self, holder, name, nth, number=signal.SIGTERM):
+        whole, self.calls = getattr(holder, name), 0
+
+        def call(*arguments, **options):
+            self.calls += 1
+            if self.calls == nth:
+                os.kill(os.getpid(), number)
+            return whole(*arguments, **options)
+
+        setattr(holder, name, call)
+
+
+@pytest.mark.parametrize(
+    ("holder", "method", "nth", "step"),
+    [
+        (lambda run: run.engine, "model", 11, 5),  # the first of two micro-batches, a step of two computed before
+        (lambda run: run.engine, "gradient_norm", 5, 5),
+        (lambda run: run.engine, "optimizer_step", 5, 5),
+        (lambda run: run, "_validate", 2, 6),
+        (lambda run: run, "_sample", 2, 4),
+        (lambda run: run, "_save", 1, 4),
+        (lambda run: run.metrics, "write", 6, 6),
+    ],
+    ids=["forward", "norm", "optimizer", "validation", "sample", "save", "metrics"],
+)
+def test_a_signal_anywhere_keeps_the_last_step_and_the_bits(make_job, holder, method, nth, step):
+    whole = TrainingRun(make_job("whole", sample_prompts=("x",), **SCHEDULED))
+    expected = bits(whole, whole.run())
+    run = TrainingRun(make_job("run", sample_prompts=("x",), **SCHEDULED))
+    StopIn(holder(run), method, nth)
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {step} of 11"):
+        run.run()
+    resumed = TrainingRun(make_job("run", sample_prompts=("x",), **SCHEDULED))
+    assert resumed.state.step == step
+    assert bits(resumed, resumed.run()) == expected
+
+
+def test_a_partial_accumulation_is_thrown_away(make_job):
+    run = TrainingRun(make_job("run", **SCHEDULED))
+    parts = []
+    whole = run.engine._forward
+
+    def forward(part):
+        parts.append(run.state.step)
+        if len(parts) == 6:  # the second micro-batch of step 3 is never begun... this is its first
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(part)
+
+    run.engine._forward = forward
+    with pytest.raises(Preempted):
+        run.run()
+    assert all(master.grad is None for master in run.engine.masters.values())
+
+
+def test_another_thread_saves_the_last_step(make_job):
+    """What the deadline does while the main thread computes."""
+    whole = TrainingRun(make_job("whole"))
+    expected = bits(whole, whole.run())
+    run = TrainingRun(make_job("run"))
+    forward = run.engine._forward
+
+    def stuck(part):
+        if run.state.step == 7:
+            assert run._rescue() == "everything is saved after step 7 of 11"
+            raise KeyboardInterrupt
+        return forward(part)
+
+    run.engine._forward = stuck
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    resumed = TrainingRun(make_job("run"))
+    assert resumed.state.step == 7 and bits(resumed, resumed.run()) == expected
+
+
+def test_a_changed_machine_is_told_and_marked(make_job, capsys):
+    job = make_job("run", **SCHEDULED)
+    run = TrainingRun(job)
+    StopIn(run.engine, "gradient_norm", 5)
+    with pytest.raises(Preempted):
+        run.run()
+    resumed = TrainingRun(job)
+    resumed.state.environment["torch"] = "1.0"
+    outcome = resumed.run()
+    (change,) = [event for event in lines(resumed, "events.jsonl") if event["kind"] == "change"]
+    assert "torch: 1.0 →" in change["detail"] and outcome.figures["exact"] is False
+    assert run.state.is_exact
+
+
+def changing_parts(thing, path="run", seen=None):
+    """Every value that can be reached from an object, by its path: numbers, texts, tensors' bytes, lengths."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, bool | int | float | str | bytes | type(None)):
+        yield path, thing
+        return
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield path, hashlib.sha256(thing.detach().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    elif isinstance(thing, dict):
+        yield f"{path}.keys", tuple(sorted(map(str, thing)))
+        for key, value in list(thing.items()):
+            yield from changing_parts(value, f"{path}[{key if isinstance(key, str) else 'object'}]", seen)
+    elif isinstance(thing, list | tuple | set | frozenset):
+        yield f"{path}.len", len(thing)
+        for index, value in enumerate(list(thing)):
+            yield from changing_parts(value, f"{path}[{index}]", seen)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, type) and not callable(getattr(thing, "__code__", None)):
+        for name, value in list(vars(thing).items()):
+            yield from changing_parts(value, f"{path}.{name}", seen)
+
+
+SAVED = re.compile(r"run\.state\.|run\.engine\.(masters|optimizers)\[|run\.job\.model\..*_parameters\[")
+NOT_STATE = {
+    "run._began", "run._elapsed_before", "run._saving_seconds", "run._saved_step",  # clocks, and where the disk is
+    "run.engine._norm",  # set before each use
+}  # fmt: skip
+
+
+def hidden_changes(run):
+    before = dict(changing_parts(run))
+    run.run()
+    after = dict(changing_parts(run))
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert any("_parameters[" in path for path in changed) and "run.state.step" in changed
+    return {path for path in changed if not SAVED.match(path) and path not in NOT_STATE}
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"precision": "bf16"}])
+def test_all_that_changes_is_in_the_state(make_job, changes):
+    run = TrainingRun(make_job("run", **SCHEDULED, **changes))
+    assert hidden_changes(run) == set()
+    assert {"step", "rows", "recent_losses"} <= vars(run.state).keys()
+
+
+def test_a_forgotten_counter_would_be_seen(make_job):
+    run = TrainingRun(make_job("run", **SCHEDULED))
+    run.engine.num_steps = 0
+    whole = run.engine.optimizer_step
+
+    def count(lr_multiplier):
+        run.engine.num_steps += 1
+        return whole(lr_multiplier)
+
+    run.engine.optimizer_step = count
+    assert "run.engine.num_steps" in hidden_changes(run)
