@@ -2,7 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -12,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from groundup.base.errors import Preempted
+from groundup.base.errors import CheckpointError, Preempted
 from groundup.base.log import Log
 from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
-from groundup.checkpoint.store import newest_checkpoint, retain, save_checkpoint
+from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.data.rows import RowSource
 from groundup.model.causal_lm import CausalLM
@@ -127,8 +128,15 @@ class TrainingRun:
             for block in job.model.model.layers:
                 block.compile()
         self.state = TrainingState()
-        self.checkpoints = job.folder / "checkpoints"
-        found = newest_checkpoint(self.checkpoints, job.log)
+        self.store = CheckpointStore(
+            job.folder / "checkpoints",
+            run_id=f"{job.name}-{job.seed}",
+            log=job.log,
+            keep_last=job.config.keep_checkpoints,
+        )
+        # weights and, at most, two moments of each
+        self.store.preflight(3 * sum(tensor.nbytes for tensor in self.engine.state_dict()["model"].values()))
+        found = self.store.newest()
         if found is not None:
             self.state = TrainingState(**found.state)
             self.engine.load_state_dict({name: found.tensors(name) for name in ("model", "optimizer")})
@@ -172,7 +180,7 @@ class TrainingRun:
         )
         began, before = time.monotonic(), self.state.elapsed_seconds
         first_step, validation_text = self.state.step, ""
-        with _StopRequest() as stop, self.job.log.progress() as line:
+        with _StopRequest() as stop, self.job.log.progress() as line, self._unbroken_write():
             for result in steps:
                 self._count(result)
                 self.state.elapsed_seconds = before + time.monotonic() - began
@@ -195,13 +203,13 @@ class TrainingRun:
                 if _is_due(result.step, intervals["log_every"]):
                     self.job.log.say(f"  {text}")
                 if stop.name and not is_last:
-                    self._save()
+                    self._save(wait=True)
                     raise Preempted(
                         "E-PREEMPTED",
                         what=f"stopped by {stop.name} after step {result.step} of {total}; everything is saved",
                         next="run the same command again to go on",
                     )
-        self._save()
+        self._save(wait=True)
         return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
 
     def _count(self, result: StepResult) -> None:
@@ -261,13 +269,23 @@ class TrainingRun:
             self.events.write({"step": self.state.step, "kind": "sample", "detail": {"prompt": prompt, "text": text}})
             self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
 
-    def _save(self) -> None:
-        if self._saved_step == self.state.step:
-            return
-        self.state.metrics_bytes = self.metrics.num_bytes()
-        save_checkpoint(self.checkpoints, self.state.step, self.engine.state_dict(), vars(self.state))
-        retain(self.checkpoints, self.config.keep_checkpoints)
-        self._saved_step = self.state.step
+    def _save(self, *, wait: bool = False) -> None:
+        if self._saved_step != self.state.step:
+            self.state.metrics_bytes = self.metrics.num_bytes()
+            self.store.save(self.state.step, self.engine.state_dict(), vars(self.state), wait=wait)
+            self._saved_step = self.state.step
+        elif wait:
+            self.store.finish()
+
+    @contextmanager
+    def _unbroken_write(self) -> Iterator[None]:
+        """Let the write at work come to its end before an error ends the run."""
+        try:
+            yield
+        except Exception:
+            with suppress(CheckpointError):
+                self.store.finish()
+            raise
 
     def _figures(self) -> dict[str, Any]:
         state = self.state
