@@ -222,6 +222,7 @@ SAVED = re.compile(r"run\.state\.|run\.engine\.(masters|optimizers)\[|run\.job\.
 NOT_STATE = {
     "run._began", "run._elapsed_before", "run._saving_seconds", "run._saved_step",  # clocks, and where the disk is
     "run.engine._norm",  # set before each use
+    "run.store._buffers.keys", "run.store._buffers[object]",  # what is being written
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from typing import IO, Any
 from groundup.base.config import flatten
 from groundup.base.errors import ConfigError, DataError
 from groundup.base.failpoints import reach
-from groundup.base.files import read_json, sha256_of, sync_file, sync_folder, write_json
+from groundup.base.files import atomic_write, read_json, sha256_of, sync_file, sync_folder, write_json
 
 MANIFEST = "MANIFEST.json"
 SUMMARY = "summary.json"
@@ -162,7 +163,12 @@ class RunFolder:
                 next="choose another name or remove the folder",
             )
         path.mkdir(parents=True, exist_ok=True)
-        (path / self.SENTINEL).touch()
+        sentinel = path / self.SENTINEL
+        if not sentinel.exists() or not sentinel.read_text():
+            with atomic_write(sentinel) as file:
+                file.write(uuid.uuid4().hex.encode())
+        self.run_id = sentinel.read_text()
+        """Made with the folder, never changed: checkpoints carry it."""
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,141 +1,278 @@
-"""Training checkpoints: safetensors and JSON in an attempt folder of their own, committed by renaming a manifest.
+"""The checkpoints of a run: safetensors and JSON in an attempt folder each, committed by renaming a manifest.
 
-`checkpoints/step-000500/attempt-ID/` holds `*.safetensors`, `state.json` and `MANIFEST.json` with the size and
-SHA-256 of each file. What has no valid manifest does not count; a committed folder is never written into again.
+`checkpoints/step-000500/attempt-0001-ID/` holds `*.safetensors`, `state.json` and `MANIFEST.json` with the size and
+SHA-256 of each file. What has no valid manifest does not count; a committed folder is never written into again;
+nothing old is removed before the new one was read back. Order is by step and attempt, never by time.
 """
 
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
-from groundup.base.errors import CheckpointError, DataError
+from groundup.base.disk import Disk
+from groundup.base.errors import CheckpointError, DoesNotFit
 from groundup.base.failpoints import reach
-from groundup.base.files import read_json, sha256_of, sync_file, sync_folder, write_json
 from groundup.base.log import Log
-
-MANIFEST = "MANIFEST.json"
-STATE = "state.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint on disk."""
-
-    step: int
-    folder: Path
-    state: Mapping[str, Any]
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of `NAME.safetensors`."""
-        return load_file(self.folder / f"{name}.safetensors")
+from groundup.checkpoint.attempt import Attempt, Checkpoint, find_attempts, reason_of, verified_state
+from groundup.checkpoint.manifest import Manifest
+from groundup.checkpoint.shard import NAMES, is_finite
+from groundup.checkpoint.writer import AttemptWriter, Snapshot, remove_attempt
 
 
-def save_checkpoint(
-    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> Path:
-    """Write and commit one checkpoint; `tensors` by file name. Raises CheckpointError when the disk refuses."""
-    folder = root / f"step-{step:06d}" / f"attempt-{uuid.uuid4().hex[:12]}"
-    folder.mkdir(parents=True)
-    try:
-        for name, group in tensors.items():
-            reach("ckpt.before_shard")
-            save_file(
-                {key: tensor.detach().contiguous() for key, tensor in group.items()}, folder / f"{name}.safetensors"
+class CheckpointStore:
+    """The checkpoints of one run: written by one thread, read back before they count, verified before they are used."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        run_id: str,
+        log: Log,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        self.root, self.run_id, self.log = root, run_id, log
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.disk = disk or Disk()
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+        self._purge_fault = ""
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._damaged: set[Path] = set()
+
+    def preflight(self, num_bytes: int) -> None:
+        """Raise DoesNotFit if the disk has no room for the checkpoints to keep and the next one, `num_bytes` each."""
+        there = sum(file.bytes for _, manifest in self._whole() for file in manifest.files.values())
+        needed = max(num_bytes, num_bytes * (self.keep_last + 1) - there)
+        free = self.disk.free_bytes(self.root)
+        if needed > free:
+            raise DoesNotFit(
+                "E-DISK-PREFLIGHT",
+                what=f"checkpoints need {needed:,} bytes more ({self.keep_last + 1} of {num_bytes:,}, {there:,} there) "
+                f"and the disk {self.disk.name(self.root)} has {free:,} free",
+                where=self.root,
+                next="free disk space, keep fewer checkpoints, or write to another disk",
             )
-        write_json(folder / STATE, dict(state))
-        reach("ckpt.before_fsync")
-        files = {}
-        for path in sorted(folder.iterdir()):
-            sync_file(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        sync_folder(folder)
-        reach("ckpt.before_manifest")
-        write_json(folder / MANIFEST, {"step": step, "files": files})
-        sync_folder(root / f"step-{step:06d}")
-        sync_folder(root)
-        reach("ckpt.after_manifest")
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        shutil.rmtree(folder, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        metric: float | None = None,
+        wait: bool = False,
+    ) -> float:
+        """Take a snapshot now and write it in a thread; returns the seconds the caller was held up.
+
+        A write still at work is waited for; if it failed, that is a warning and the run goes on. With `wait`, the
+        checkpoint is committed and read back on return. `metric`: lower is better. Raises CheckpointError for values
+        that are not finite, and with `wait` for a disk that refuses.
+        """
+        began = time.monotonic()
+        self._join()
+        self._warn_of_failure()
+        live = _checked_snapshot(step, tensors, state, metric)
+        if wait:
+            self._write(live)
+            self._warn_of_purge()
+        elif (snapshot := self._copied(live)) is not None:
+            self._thread = threading.Thread(target=self._write_in_thread, args=(snapshot,), daemon=True)
+            self._thread.start()
+        else:
+            self._write_in_thread(live)
+        return time.monotonic() - began
+
+    def finish(self) -> None:
+        """Wait for the write at work. Raises CheckpointError if it failed."""
+        self._join()
+        self._buffers.clear()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure[1]
+
+    def newest(self, *, before: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint (of a step below `before`) whose every byte is as written; None where there is none.
+
+        A damaged or foreign one is named and passed over. Raises CheckpointError if there are some and none can be
+        used.
+        """
+        self._join()
+        candidates = [
+            attempt
+            for attempt in find_attempts(self.root, self.run_id, self.disk)
+            if attempt.is_committed and (before is None or attempt.step < before)
+        ]
+        for attempt in reversed(candidates):
+            try:
+                if attempt.manifest is None or attempt.fault is not None:
+                    raise ValueError(attempt.fault)
+                state = verified_state(attempt.folder, self.run_id, attempt.manifest, self.disk)
+            except (OSError, ValueError) as error:
+                self._damaged.add(attempt.folder)
+                self.log.warn(
+                    "W-CKPT-CORRUPT", f"step {attempt.step} is passed over: {reason_of(error)} at {attempt.folder}"
+                )
+            else:
+                return Checkpoint(attempt.step, attempt.folder, state, attempt.manifest.files, self.disk)
+        if candidates:
+            raise CheckpointError(
+                "E-CKPT-NONE-LOADABLE",
+                what=f"{len(candidates)} checkpoints found, 0 loadable; not beginning at step 0 over them",
+                where=self.root,
+                next="restore one, or begin again with `--restart`",
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of the run's committed checkpoints, in order, as far as names and sizes tell."""
+        self._join()
+        return sorted({attempt.step for attempt, _ in self._whole()})
+
+    def _copied(self, live: Snapshot) -> Snapshot | None:
+        """Clones in the memory of the snapshot before; None, with a warning, where there is not enough of it."""
+        buffers: dict[tuple[str, str], Tensor] = {}
+        try:
+            for name, group in live.tensors.items():
+                for key, tensor in group.items():
+                    buffer = self._buffers.pop((name, key), None)
+                    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                        buffer = _empty_like(tensor)
+                    buffers[name, key] = buffer.copy_(tensor.detach())
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):
+                raise
+            self._buffers.clear()
+            self.log.warn(
+                "W-SAVE-MEMORY",
+                f"no memory for a copy of {live.num_bytes:,} bytes; step {live.step} is written at once",
+            )
+            return None
+        self._buffers = buffers
+        copies = {name: {key: buffers[name, key] for key in group} for name, group in live.tensors.items()}
+        return Snapshot(live.step, copies, live.state, live.metric)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._warn_of_purge()
+
+    def _warn_of_purge(self) -> None:
+        if self._purge_fault:
+            self.log.warn("W-PURGE", f"old checkpoints are left: {self._purge_fault} at {self.root}")
+        self._purge_fault = ""
+
+    def _warn_of_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        step, error = failure
+        if not isinstance(error, CheckpointError):  # a bug of ours, not the disk's doing
+            raise error
+        self.log.warn("W-SAVE-FAILED", f"step {step} is not saved: {error.what}")
+
+    def _write_in_thread(self, snapshot: Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except BaseException as error:  # told by the next `save` or `finish`
+            self._failure = snapshot.step, error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Write, commit and verify, then purge. Raises CheckpointError when the disk refuses."""
+        writer = AttemptWriter(self.root, self.run_id, snapshot, self.disk)
+        try:
+            folder = writer.write()
+        except (OSError, ValueError) as error:
+            writer.undo()
+            raise self._refused(snapshot, error) from None
+        except BaseException:
+            writer.undo()
+            raise
+        try:
+            self._purge(folder)
+        except OSError as error:
+            self._purge_fault = reason_of(error)
+
+    def _refused(self, snapshot: Snapshot, error: OSError | ValueError) -> CheckpointError:
+        kept = max((attempt.step for attempt, _ in self._whole()), default=None)
+        try:
+            free = f"{self.disk.free_bytes(self.root):,}"
+        except OSError:
+            free = "unknown"
+        return CheckpointError(
             "E-DISK",
-            what=f"cannot save step {step}: {reason}",
-            where=folder,
-            next="free disk space and run the same command again; earlier checkpoints are kept",
-        ) from None
-    return folder
-
-
-def committed_folders(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint with a manifest, newest step first."""
-    found = []
-    for path in root.glob(f"step-*/attempt-*/{MANIFEST}"):
-        step = path.parent.parent.name.removeprefix("step-")
-        if step.isdigit():
-            found.append((int(step), path.parent))
-    return sorted(found, key=lambda item: (-item[0], item[1].name))
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a committed checkpoint; None if every byte is as it was written."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        files = manifest["files"]
-        for name, entry in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
-                return f"{name} is not what was written (SHA-256 differs)"
-        if f"step-{manifest['step']:06d}" != folder.parent.name:
-            return "the manifest is of another step"
-        return None if STATE in files else f"{STATE} is not in the manifest"
-    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return f"the manifest is damaged ({type(error).__name__})"
-
-
-def newest_checkpoint(root: Path, log: Log) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as written; None where none was ever committed.
-
-    A damaged one is named and passed over. Raises CheckpointError if checkpoints exist and none can be used.
-    """
-    candidates = committed_folders(root)
-    for step, folder in candidates:
-        fault = _fault(folder)
-        if fault is None:
-            return Checkpoint(step, folder, read_json(folder / STATE))
-        log.warn("W-CKPT-CORRUPT", f"step {step} is passed over: {fault} at {folder}")
-    if candidates:
-        raise CheckpointError(
-            "E-CKPT-NONE-LOADABLE",
-            what=f"{len(candidates)} checkpoints found, 0 loadable",
-            where=root,
-            next="restore one, or begin again with `--restart`",
+            what=f"cannot save step {snapshot.step}: {reason_of(error)} on the disk {self.disk.name(self.root)} "
+            f"({snapshot.num_bytes:,} bytes wanted, {free} free); "
+            + ("no earlier checkpoint is there" if kept is None else f"step {kept} is kept"),
+            where=self.root,
+            next="free disk space and run the same command again",
         )
-    return None
+
+    def _whole(self) -> list[tuple[Attempt, Manifest]]:
+        """Attempts that look whole, and were not found damaged, by step and attempt."""
+        return [
+            (attempt, attempt.manifest)
+            for attempt in find_attempts(self.root, self.run_id, self.disk)
+            if attempt.manifest is not None and attempt.fault is None and attempt.folder not in self._damaged
+        ]
+
+    def _kept(self, newest: Path) -> set[Path]:
+        """Folders to keep: the one just saved, the last ones, the best, and every so many steps."""
+        by_step = {attempt.step: (attempt.folder, manifest.metric) for attempt, manifest in self._whole()}
+        steps = sorted(by_step)
+        kept = set(steps[-self.keep_last :])
+        if self.keep_every is not None:
+            kept |= {step for step in steps if step % self.keep_every == 0}
+        measured = [(metric, -step) for step, (_, metric) in by_step.items() if metric is not None]
+        if measured:
+            kept.add(-min(measured)[1])
+        return {by_step[step][0] for step in kept} | {newest}
+
+    def _purge(self, newest: Path) -> None:
+        """Remove what need not be kept: older checkpoints of this run, and attempts that were never committed."""
+        kept = self._kept(newest)
+        for attempt in find_attempts(self.root, self.run_id, self.disk):
+            is_foreign = attempt.is_committed and (attempt.manifest is None or attempt.manifest.run_id != self.run_id)
+            if attempt.is_ours and not is_foreign and attempt.folder not in kept:
+                reach("ckpt.before_purge")
+                remove_attempt(attempt.folder, self.disk)
 
 
-def retain(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, once the newest is verified; torn attempts do not count."""
-    candidates = committed_folders(root)
-    if not candidates or _fault(candidates[0][1]) is not None:
-        return
-    kept = {folder for _, folder in candidates[:keep]}
-    for folder in _attempts(root):
-        if folder not in kept:
-            reach("ckpt.before_purge")
-            shutil.rmtree(folder)
-    for folder in root.glob("step-*"):
-        if not any(folder.iterdir()):
-            folder.rmdir()
+def _checked_snapshot(
+    step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], metric: float | None
+) -> Snapshot:
+    """The caller's own tensors, fit to be saved. Raises CheckpointError for a dtype or a value that is not."""
+    for name, group in tensors.items():
+        for key, tensor in group.items():
+            if tensor.dtype not in NAMES:
+                raise CheckpointError("E-CKPT-FORMAT", what=f"{name}: {key} has {tensor.dtype=}")
+            if not is_finite(tensor):
+                raise _not_finite(step, f"{name}: {key} holds")
+    if metric is not None and not math.isfinite(metric):
+        raise _not_finite(step, f"{metric=} holds")
+    try:
+        text = json.dumps(dict(state), indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise _not_finite(step, "the state holds") from None
+    return Snapshot(step, tensors, f"{text}\n".encode(), None if metric is None else float(metric))
 
 
-def _attempts(root: Path) -> Iterator[Path]:
-    yield from sorted(root.glob("step-*/attempt-*"))
+def _not_finite(step: int, who: str) -> CheckpointError:
+    return CheckpointError(
+        "E-CKPT-NONFINITE",
+        what=f"step {step} is not saved: {who} values that are not finite",
+        next="the checkpoints before are kept; go on from one with a lower learning rate",
+    )
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

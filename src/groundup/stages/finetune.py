@@ -75,6 +75,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         source=source,
         validation={"chats": held_out},
         folder=attempt.folder,
+        run_id=run.run_id,
         changes=attempt.changes,
         log=work.log,
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),

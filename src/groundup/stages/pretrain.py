@@ -67,6 +67,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         source=rows["train"],
         validation={"text": rows["validation"]},
         folder=attempt.folder,
+        run_id=run.run_id,
         changes=attempt.changes,
         log=work.log,
         name_documents=lambda step: name_documents(rows["train"], step * batch_rows, batch_rows),

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from groundup.base.log import Log, Progress
 from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
 from groundup.base.signals import StopRequest, stop_request
-from groundup.checkpoint.store import newest_checkpoint, retain, save_checkpoint
+from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.data.rows import RowSource
 from groundup.model.causal_lm import CausalLM
+from groundup.optim.muon import Muon
 from groundup.optim.schedules import lr_multiplier
 from groundup.train.config import TrainConfig
 from groundup.train.duration import in_steps
@@ -49,6 +51,8 @@ class TrainingJob:
     """Documents of a step's batch, in words, for the guard."""
     sample: Callable[[CausalLM, str], str]
     """Continues a prompt."""
+    run_id: str = ""
+    """Name of the run in its checkpoints: those of another run are not taken."""
     changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Settings that are not those the run began with: (old, new) by name."""
     token_bytes: NDArray[np.integer[Any]] | None = None
@@ -94,8 +98,20 @@ class TrainingRun:
             for block in job.model.model.layers:
                 block.compile()
         self.state = TrainingState()
-        self.checkpoints = job.folder / "checkpoints"
+        self._intervals = {
+            name: self._steps_of(getattr(self.config, name))
+            for name in ("validate_every", "sample_every", "log_every", "checkpoint_every", "keep_every")
+        }
+        self.store = CheckpointStore(
+            job.folder / "checkpoints",
+            run_id=job.run_id,
+            log=job.log,
+            keep_last=self.config.keep_checkpoints,
+            keep_every=self._intervals["keep_every"] or None,
+        )
         self.is_resumed = self._load()
+        if not self.is_resumed:
+            self.store.preflight(checkpoint_bytes(self.engine))
         self.metrics = JsonLines(job.folder / "metrics.jsonl", keep_bytes=self.state.metrics_bytes)
         self.timing = JsonLines(job.folder / "timing.jsonl")
         self.events = JsonLines(job.folder / "events.jsonl")
@@ -103,14 +119,10 @@ class TrainingRun:
         self._saving_seconds = 0.0
         self._state_is_whole = threading.Lock()
         self._saving = threading.RLock()
-        self._intervals = {
-            name: self._steps_of(getattr(self.config, name))
-            for name in ("validate_every", "sample_every", "log_every", "checkpoint_every")
-        }
 
     def _load(self) -> bool:
         """Take up the newest checkpoint; False where there is none."""
-        found = newest_checkpoint(self.checkpoints, self.job.log)
+        found = self.store.newest()
         if found is None:
             return False
         self.state = TrainingState(**found.state)
@@ -135,7 +147,7 @@ class TrainingRun:
             self._event(self.state.step, "resume", "from its last checkpoint")
             self.job.log.say(f"  goes on from step {self.state.step} of {self.resolved.total_steps}")
         elif "rewind" in (self.config.on_nonfinite, self.config.on_spike):
-            self._save()  # where a rewind before the first checkpoint goes
+            self._save(wait=True)  # where a rewind before the first checkpoint goes
         with stop_request() as stop, stop.polled(self._rescue), self.job.log.progress() as line:
             is_done = False
             while not is_done:
@@ -147,9 +159,13 @@ class TrainingRun:
                 except RewindWanted as wanted:
                     self._rewind(wanted.step)
                 except NumericsError:
-                    self._save()
+                    self._save(wait=True)
                     raise
-            self._save()
+                except Exception:
+                    with suppress(CheckpointError):  # the write at work comes to its end before an error ends the run
+                        self.store.finish()
+                    raise
+            self._save(wait=True)
         return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
 
     def _note_changes(self) -> None:
@@ -215,7 +231,7 @@ class TrainingRun:
         return (at_end and step == self.resolved.total_steps) or (every > 0 and step % every == 0)
 
     def _stop_for(self, stop: StopRequest) -> None:
-        self._save()
+        self._save(wait=True)
         raise Preempted(
             "E-PREEMPTED",
             what=f"stopped by {stop.name} after step {self.state.step} of {self.resolved.total_steps}; "
@@ -227,25 +243,26 @@ class TrainingRun:
         """Save from another thread while the main one computes: weights and state change only under the lock."""
         if not (self._state_is_whole.acquire(timeout=1.0) and self._saving.acquire(timeout=1.0)):
             return "the last save stands"
-        self._save()
+        self._save(wait=True)
         return f"everything is saved after step {self.state.step} of {self.resolved.total_steps}"
 
     def _rewind(self, step: int) -> None:
         """Go back to the last checkpoint and leave out the batches up to `step`, counted from 0."""
+        self.store.finish()
         rewinds = self.state.rewinds + 1
         passed_over = {*self.state.passed_over, *range(max(0, step + 1 - self.config.spike_batches), step + 1)}
         if not self._load():
             raise CheckpointError(
                 "E-CKPT-NONE",
                 what="the guard asks for a rewind and no checkpoint stands",
-                where=self.checkpoints,
+                where=self.job.folder,
                 next="set `checkpoint_every`",
             )
         self.state.rewinds, self.state.passed_over = rewinds, sorted(passed_over)
         self.metrics.cut(self.state.metrics_bytes)
         self._event(step + 1, "rewind", f"to step {self.state.step}, without the batches {sorted(passed_over)}")
         self._saved_step = -1
-        self._save()  # what is passed over is known from now on
+        self._save(wait=True)  # what is passed over is known from now on
 
     def _count(self, result: StepResult) -> None:
         state = self.state
@@ -255,6 +272,7 @@ class TrainingRun:
         state.loss_tokens += result.sums.num_loss_tokens
         state.skipped_steps += int(result.is_skipped)
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
+        state.look_loss = None
         loss, grad_norm = (None, None) if result.is_skipped else (result.sums.loss, result.grad_norm)
         state.unwritten = {
             "step": state.step,
@@ -276,8 +294,7 @@ class TrainingRun:
             assert values is not None
             if looks:
                 values["val"] = looks
-                loss = next(iter(looks.values()))["loss"]
-                self.state.best_loss = loss if self.state.best_loss is None else min(loss, self.state.best_loss)
+                self.state.look_loss = next(iter(looks.values()))["loss"]
             self.metrics.write(values)
             self.state.unwritten = None
         return looks
@@ -324,18 +341,24 @@ class TrainingRun:
             self._event(self.state.step, "sample", {"prompt": prompt, "text": text})
             self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
+        """Save this step once; without `wait` it is written while the next steps compute."""
         with self._saving:
-            if self._saved_step == self.state.step:
-                return
             began = time.perf_counter()
-            self.state.metrics_bytes = self.metrics.num_bytes()
-            save_checkpoint(self.checkpoints, self.state.step, self.engine.state_dict(), vars(self.state))
-            retain(self.checkpoints, self.config.keep_checkpoints)
-            self._saved_step = self.state.step
-            seconds = time.perf_counter() - began
-            self._saving_seconds += seconds
-            self._event(self.state.step, "save", f"{seconds:.3f} s")
+            if self._saved_step != self.state.step:
+                self.state.metrics_bytes = self.metrics.num_bytes()
+                self.store.save(
+                    self.state.step,
+                    self.engine.state_dict(),
+                    asdict(self.state),
+                    metric=self.state.look_loss,
+                    wait=wait,
+                )
+                self._saved_step = self.state.step
+                self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
+            elif wait:
+                self.store.finish()
+            self._saving_seconds += time.perf_counter() - began
 
     def _figures(self) -> dict[str, Any]:
         state = self.state
@@ -353,3 +376,14 @@ class TrainingRun:
             "compiled": self.resolved.compile,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+
+def checkpoint_bytes(engine: TorchEngine) -> int:
+    """Bytes of one checkpoint: weights and the optimizer's moments, which Muon keeps one of, AdamW two."""
+    moments = {
+        id(parameter): 1 if isinstance(optimizer, Muon) else 2
+        for optimizer in engine.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return sum((1 + moments[id(master)]) * master.nbytes for master in engine.masters.values())

@@ -24,8 +24,8 @@ class TrainingState:
     passed_over: list[int] = field(default_factory=list)
     """Batches, counted from 0, that are left out since a rewind."""
     rewinds: int = 0
-    best_loss: float | None = None
-    """Smallest validation loss so far."""
+    look_loss: float | None = None
+    """Validation loss after this very step, where one was measured: what the best checkpoint is chosen by."""
     is_exact: bool = True
     """Whether the run is what an unbroken one on this machine would be, bit for bit."""
     environment: dict[str, str] = field(default_factory=dict)

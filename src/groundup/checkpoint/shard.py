@@ -1,0 +1,120 @@
+"""Files of tensors in the safetensors format: written piece by piece, and read only after a look at their header."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from groundup.base.disk import CHUNK_BYTES
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 64
+
+
+def shard_pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, without a copy of what is contiguous on the CPU. Raises KeyError for a dtype."""
+    # wide dtypes first, so that each tensor begins at a multiple of its item size
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        if flat.numel():
+            data = flat.view(torch.uint8).numpy().data
+            for place in range(0, len(data), CHUNK_BYTES):
+                yield data[place : place + CHUNK_BYTES]
+
+
+def header_bytes(head: bytes, file_bytes: int) -> int:
+    """Length of the header with the 8 bytes before it, given the first 8. Raises ValueError if there is no room."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {file_bytes}")
+    return 8 + length
+
+
+def check_header(head: bytes, file_bytes: int) -> None:
+    """Raise ValueError unless `head`, the header with its length, describes tensors that tile the file."""
+    try:
+        header = json.loads(head[8:])
+    except RecursionError:
+        raise ValueError("the header is nested too deep") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header is not an object")
+    header.pop("__metadata__", None)
+    spans = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name[:80]!r} is not described")
+        shape, span = entry["shape"], entry["data_offsets"]
+        if (
+            not (_are_sizes(shape) and _are_sizes(span) and len(span) == 2 and len(shape) <= MAX_DIMS)
+            or str(entry["dtype"]) not in DTYPES
+        ):
+            raise ValueError(f"tensor {name[:80]!r} has an impossible dtype, shape or place")
+        num_bytes = DTYPES[entry["dtype"]].itemsize
+        for size in shape:
+            num_bytes *= size
+        if span[1] - span[0] != num_bytes:
+            raise ValueError(f"tensor {name[:80]!r} does not fill its place")
+        spans.append(span)
+    end = 0
+    for span in sorted(spans):
+        if span[0] != end:
+            raise ValueError("tensors overlap or leave gaps")
+        end = span[1]
+    if len(head) + end != file_bytes:
+        raise ValueError("the tensors are not as long as the file")
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def parse_shard(data: bytes) -> dict[str, Tensor]:
+    """Tensors of a safetensors file's bytes. Raises ValueError for anything else."""
+    check_header(data[: header_bytes(data, len(data))], len(data))
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither infinities nor NaN."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
+    # a sum carries every infinity and NaN; only one that overflowed needs the slower look
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
