@@ -148,7 +148,9 @@ class RunFolder:
             raise ConfigError(
                 "E-OUT-FOREIGN", what="the run's folder is a file", where=path, next="choose another name"
             )
-        if path.is_dir() and not (path / self.SENTINEL).exists() and any(path.iterdir()):
+        # one look: another rank may be making the folder now, its sentinel first
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        if names and self.SENTINEL not in names:
             raise ConfigError(
                 "E-OUT-FOREIGN",
                 what="the folder is not empty and not a run of groundup",
