@@ -13,6 +13,7 @@ from groundup.base.log import Log
 from groundup.base.machine import prepare_process
 from groundup.base.settings import section_help
 from groundup.base.signals import stop_request
+from groundup.parallel.rank import PEER_LOST, launcher_reports
 
 app = App(
     name="groundup",
@@ -60,19 +61,44 @@ def _stage_help(*sections: str) -> str:
     return "Settings of the recipe, each can be given here:\n\n" + "\n".join(rows)
 
 
-def _work(recipe: str, tokens: Sequence[str], runs_dir: Path, allow_change: Sequence[str], restart: bool) -> Any:
+def _work(
+    recipe: str,
+    tokens: Sequence[str],
+    runs_dir: Path,
+    allow_change: Sequence[str] = (),
+    restart: bool = False,
+    *,
+    trains: bool = False,
+) -> Any:
     from groundup.base.artifact import ChangePolicy, RunFolder
+    from groundup.parallel.world import World
     from groundup.stages.recipe import load_recipe
     from groundup.stages.work import Work
 
-    loaded = load_recipe(recipe, _overrides(tokens))
-    return Work(loaded, RunFolder(runs_dir / loaded.name), Log(), ChangePolicy(tuple(allow_change), restart))
+    loaded, world = load_recipe(recipe, _overrides(tokens)), World.from_environment()
+    if trains and world.size == 1 and loaded.parallel.data > 1:
+        raise _NeedsRanks(loaded.parallel)
+    if trains and loaded.parallel.data not in (1, world.size):
+        raise ConfigError(
+            "E-CONFIG-WORLD",
+            what=f"parallel.data={loaded.parallel.data}, but {world.size} ranks were started",
+            next=f"start {loaded.parallel.data} ranks, or leave parallel.data out",
+        )
+    log = Log(quiet=not world.is_first)
+    return Work(loaded, RunFolder(runs_dir / loaded.name), log, ChangePolicy(tuple(allow_change), restart), world)
+
+
+class _NeedsRanks(Exception):
+    """The command is to be run by several processes, which this one starts."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
 
 def _run_stage(
     stage: str, recipe: str, tokens: Sequence[str], runs_dir: Path, allow_change: Sequence[str], restart: bool
 ) -> None:
-    work = _work(recipe, tokens, runs_dir, allow_change, restart)
+    work = _work(recipe, tokens, runs_dir, allow_change, restart, trains=stage in ("pretrain", "sft", "lora"))
     from groundup.stages.run import run_stages
 
     run_stages(work, (stage,))
@@ -82,9 +108,9 @@ STAGE_COMMANDS = {
     "clean": ("Clean and deduplicate text into corpus/.", ("corpus",)),
     "tokenizer": ("Train the tokenizer, or take an existing one.", ("tokenizer",)),
     "tokenize": ("Turn the corpus into token files.", ("tokens",)),
-    "pretrain": ("Train a model from random weights.", ("pretrain", "model", "seed")),
-    "sft": ("Fine-tune on chats.", ("sft", "seed")),
-    "lora": ("Train an adapter on chats.", ("lora", "seed")),
+    "pretrain": ("Train a model from random weights.", ("pretrain", "model", "seed", "parallel")),
+    "sft": ("Fine-tune on chats.", ("sft", "seed", "parallel")),
+    "lora": ("Train an adapter on chats.", ("lora", "seed", "parallel")),
 }
 
 
@@ -131,7 +157,7 @@ def run(
     recipe
         A YAML file, a run's folder, or the name of a recipe that ships with groundup.
     """
-    work = _work(recipe, settings, runs_dir, allow_change, restart)
+    work = _work(recipe, settings, runs_dir, allow_change, restart, trains=True)
     from groundup.stages.run import run_all
 
     run_all(work)
@@ -162,7 +188,7 @@ def quickstart(
             char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in data.resolve().stem
         )
         overrides += ["--corpus.source", str(data), "--name", f"quickstart-{stem.lstrip('.')[:50]}"]
-    work = _work("quickstart", overrides, runs_dir, allow_change, restart)
+    work = _work("quickstart", overrides, runs_dir, allow_change, restart, trains=True)
     from groundup.stages.quickstart import run_quickstart
 
     run_quickstart(work, has_own_data=data is not None)
@@ -188,7 +214,7 @@ def evaluate(
         Name of the text's field in jsonl, json, csv and parquet rows.
     """
     if text is None:
-        work = _work(target, settings, runs_dir, (), False)
+        work = _work(target, settings, runs_dir)
         from groundup.stages.run import run_evaluations
 
         run_evaluations(work)
@@ -285,7 +311,7 @@ def merge(
     if base is None or to is None:
         if (Path(target) / "adapter_config.json").is_file():
             raise ConfigError("E-CLI", what="an adapter needs its base", next="give --base MODEL and --to FOLDER")
-        work = _work(target, settings, runs_dir, (), False)
+        work = _work(target, settings, runs_dir)
         from groundup.stages.run import run_stages
 
         run_stages(work, ("merge",))
@@ -337,14 +363,14 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
     try:
         yield
     except Preempted as preempted:
-        print(preempted.line(), file=sys.stderr)
+        _say_last(preempted.line())
         sys.exit(preempted.exit_code)
     except GroundupError as error:
         if debug:
             import traceback
 
             traceback.print_exc()
-        print(f"ERROR {error.line()}", file=sys.stderr)
+        _say_last(f"ERROR {error.line()}", has_lost_peer=error.code == PEER_LOST)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         stop = Preempted(
@@ -352,7 +378,7 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
             what="stopped; what was finished or saved before is kept",
             next="run the same command again to go on",
         )
-        print(stop.line(), file=sys.stderr)
+        _say_last(stop.line())
         sys.exit(stop.exit_code)
     except BrokenPipeError:
         sys.exit(0)
@@ -360,17 +386,50 @@ def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
         if debug or error.filename is None:
             raise
         fault = DataError("E-OS", what=error.strerror or "cannot be used", where=error.filename, next=OS_ADVICE)
-        print(f"ERROR {fault.line()}", file=sys.stderr)
+        _say_last(f"ERROR {fault.line()}")
         sys.exit(fault.exit_code)
+
+
+def _say_last(text: str, *, has_lost_peer: bool = False) -> None:
+    """To standard error; of several ranks only the one that failed first is heard, which their launcher knows."""
+    reports = launcher_reports()
+    if reports is None:
+        print(text, file=sys.stderr)
+    else:
+        reports.last_words(text, has_lost_peer=has_lost_peer)
+
+
+@contextmanager
+def _bugs_to_launcher() -> Iterator[None]:
+    """The traceback of a rank goes the way of its errors; a process of its own prints it as ever."""
+    try:
+        yield
+    except Exception:
+        if launcher_reports() is None:
+            raise
+        import traceback
+
+        _say_last(traceback.format_exc().rstrip())
+        sys.exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with the error's code."""
+    launcher_reports()
     prepare_process()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    with errors_as_lines(debug=debug):
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run_command(given)
+    except _NeedsRanks as needs:
+        from groundup.parallel.launch import launch
+
+        sys.exit(launch([sys.executable, "-P", "-m", "groundup", *given], needs.config, Log()))
+
+
+def _run_command(given: Sequence[str]) -> None:
+    debug = "--debug" in given
+    arguments = [argument for argument in given if argument != "--debug"]
+    with _bugs_to_launcher(), errors_as_lines(debug=debug):
         if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
             app[arguments[0]].help_epilogue = _stage_help(*STAGE_COMMANDS[arguments[0]][1])
         try:

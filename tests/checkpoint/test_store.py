@@ -304,7 +304,7 @@ def test_a_root_that_is_no_folder_is_refused_in_words(kit, tmp_path, what):
         root.write_text("mine")
     else:
         root.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="E-DISK|E-CKPT-ROOT"):
+    with pytest.raises(CheckpointError, match=r"E-DISK|E-CKPT-ROOT"):
         kit.save(1, store=kit.store(root))
     assert root.is_symlink() or root.read_text() == "mine"
 

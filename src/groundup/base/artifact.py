@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,7 @@ from typing import IO, Any
 from groundup.base.config import flatten
 from groundup.base.errors import ConfigError, DataError
 from groundup.base.failpoints import reach
-from groundup.base.files import atomic_write, read_json, sha256_of, sync_file, sync_folder, write_json
+from groundup.base.files import read_json, sha256_of, sync_file, sync_folder, write_json
 
 MANIFEST = "MANIFEST.json"
 SUMMARY = "summary.json"
@@ -155,7 +155,9 @@ class RunFolder:
             raise ConfigError(
                 "E-OUT-FOREIGN", what="the run's folder is a file", where=path, next="choose another name"
             )
-        if path.is_dir() and not (path / self.SENTINEL).exists() and any(path.iterdir()):
+        # one look: another rank may be making the folder now, its sentinel first
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        if names and self.SENTINEL not in names:
             raise ConfigError(
                 "E-OUT-FOREIGN",
                 what="the folder is not empty and not a run of groundup",
@@ -163,12 +165,13 @@ class RunFolder:
                 next="choose another name or remove the folder",
             )
         path.mkdir(parents=True, exist_ok=True)
-        sentinel = path / self.SENTINEL
-        if not sentinel.exists() or not sentinel.read_text():
-            with atomic_write(sentinel) as file:
-                file.write(uuid.uuid4().hex.encode())
-        self.run_id = sentinel.read_text()
+        with suppress(FileExistsError), (path / self.SENTINEL).open("x") as file:
+            file.write(uuid.uuid4().hex)
+
+    @property
+    def run_id(self) -> str:
         """Made with the folder, never changed: checkpoints carry it."""
+        return (self.path / self.SENTINEL).read_text()
 
     @contextmanager
     def lock(self) -> Iterator[None]:

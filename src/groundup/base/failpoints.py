@@ -2,7 +2,8 @@
 
 `GROUNDUP_FAILPOINT=NAME:ACTION:NTH` makes the NTH passage (from 1) through `reach("NAME")` fail, ACTION being
 kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full), stall (sleep for an hour), or nan
-(the caller is told to spoil its numbers).
+(the caller is told to spoil its numbers). `GROUNDUP_FAILPOINT=NAME:ACTION:NTH:RANK` does so in the process of that
+rank alone.
 """
 
 import errno
@@ -20,8 +21,8 @@ def reach(name: str) -> bool:
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return False
-    wanted_name, action, nth = wanted.split(":")
-    if wanted_name != name:
+    wanted_name, action, nth, *ranks = wanted.split(":")
+    if wanted_name != name or (ranks and os.environ.get("RANK", "0") not in ranks):
         return False
     _passages[name] += 1
     if _passages[name] != int(nth):

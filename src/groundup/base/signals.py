@@ -28,7 +28,7 @@ class StopRequest:
         self.name = ""
         """Name of the first signal; empty while there was none."""
         self._grace_seconds = grace_seconds
-        self._is_polled = False
+        self._is_polled = self._is_handed_over = False
         self._rescue: Callable[[], str] | None = None
         self._before: dict[int, Any] = {}
         self._fd_before = -1
@@ -49,6 +49,15 @@ class StopRequest:
             yield
         finally:
             self._is_polled, self._rescue = False, None
+
+    @contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Within it no deadline counts: the process passes signals on to others, who keep theirs."""
+        self._is_handed_over = True
+        try:
+            yield
+        finally:
+            self._is_handed_over = False
 
     def __enter__(self) -> "StopRequest":
         self._is_woken, self._wakes = os.pipe()
@@ -80,7 +89,7 @@ class StopRequest:
             number = self._next_signal(None)
             if number is None:
                 return
-            if number in SIGNALS:
+            if number in SIGNALS and not self._is_handed_over:
                 break
         name, seconds = signal.Signals(number).name, self._grace_seconds
         while (number := self._next_signal(seconds)) is not None:

@@ -44,7 +44,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         inputs["replayed text"] = run.committed("tokens").output_hash("train-")
     template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
     settings = {"seed": recipe.seed, stage: numerics(config), "template": template}
-    attempt = run.begin(StageKey(stage, CODE_VERSION, settings, inputs), work.policy, resumable=True)
+    attempt = work.begin_training(StageKey(stage, CODE_VERSION, settings, inputs))
     if attempt is None:
         summary = read_json(work.path(stage) / "summary.json")
         work.log.say(f"{stage}  unchanged  {summary['chats']:,} chats")
@@ -52,14 +52,15 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     model, tokenizer = load_with_tokenizer(base)
     encoder = ChatEncoder(tokenizer, template)
     data = load_chats(config, encoder)
-    data.write_account(attempt.folder)
+    if work.world.is_first:
+        data.write_account(attempt.folder)
+        write_json(run.path / "machine.json", machine.describe())
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(recipe.seed, stage))
     source = rows if config.replay_every is None else _with_replay(work, config, rows, tokenizer, config.replay_every)
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     check_positions(model.config, config.row_length)
     if config.adapter == "lora":
         inject_lora(model, config, seed=derive_seed(recipe.seed, stage, "adapter"))
-    write_json(run.path / "machine.json", machine.describe())
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
         f"{len(data.bad_rows):,} quarantined, {sum(data.ledger['left_out'].values()):,} left out; "
@@ -80,12 +81,16 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         log=work.log,
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
+        world=work.world,
+        compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()
     training = TrainingRun(job)
     trained = sum(p.numel() for p in training.engine.masters.values())
     work.log.say(describe_run(stage, training, trained, source.rows_per_epoch))
     outcome = training.run()
+    if not work.world.is_first:
+        return outcome.figures
     if config.adapter == "lora":
         save_adapter(attempt.folder / "adapter", config, outcome.weights, base_hash=inputs["base"])
     else:

@@ -38,7 +38,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         "tokenizer": tokenizer_manifest.output_hash("tokenizer.json"),
     }
     settings = {"seed": recipe.seed, "model": numerics(shape), "pretrain": numerics(config)}
-    attempt = run.begin(StageKey(STAGE, CODE_VERSION, settings, inputs), work.policy, resumable=True)
+    attempt = work.begin_training(StageKey(STAGE, CODE_VERSION, settings, inputs))
     if attempt is None:
         summary = read_json(work.path(STAGE) / "summary.json")
         work.log.say(f"pretrain  unchanged  {summary['num_parameters']:,} parameters")
@@ -57,7 +57,8 @@ def pretrain(work: Work) -> dict[str, Any]:
     check_positions(shape, config.row_length)
     model = CausalLM(shape)
     model.initialize(torch.Generator().manual_seed(derive_seed(recipe.seed, "weights")))
-    write_json(run.path / "machine.json", machine.describe())
+    if work.world.is_first:
+        write_json(run.path / "machine.json", machine.describe())
     batch_rows = max(1, config.batch_size_tokens // config.row_length)
     job = TrainingJob(
         name=STAGE,
@@ -75,11 +76,15 @@ def pretrain(work: Work) -> dict[str, Any]:
             live, tokenizer, prompt, max_new_tokens=config.sample_tokens, seed=recipe.seed
         ),
         token_bytes=np.load(work.path("tokenizer") / "token_bytes.npy"),
+        world=work.world,
+        compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()
     training = TrainingRun(job)
     work.log.say(describe_run(STAGE, training, model.num_parameters(), rows["train"].rows_per_epoch))
     outcome = training.run()
+    if not work.world.is_first:
+        return outcome.figures
     save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
     summary = {"num_parameters": model.num_parameters(), **outcome.figures, "stage_seconds": time.monotonic() - began}
     write_summary(attempt.folder, summary)
@@ -134,4 +139,5 @@ def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per
         f"{resolved.num_lanes} micro-batch{'es' if resolved.num_lanes > 1 else ''} of {resolved.micro_batch_rows} × "
         f"{config.row_length} at once, "
         f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.num_threads} threads"
+        f"{f', {resolved.num_ranks} ranks' if resolved.num_ranks > 1 else ''}"
     )

@@ -16,6 +16,7 @@ from groundup.corpus.config import CorpusConfig
 from groundup.data.config import TokensConfig
 from groundup.eval.config import EvalConfig
 from groundup.model.config import ModelConfig
+from groundup.parallel.config import ParallelConfig
 from groundup.stages.config import FinetuneConfig, PretrainConfig
 from groundup.tokenizer.config import TokenizerConfig
 
@@ -38,6 +39,7 @@ class Recipe(Config):
     sft: FinetuneConfig | None = None
     lora: FinetuneConfig | None = None
     eval: EvalConfig = EvalConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @field_validator("name")
     @classmethod

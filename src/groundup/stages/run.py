@@ -1,6 +1,7 @@
 """The whole way: every stage of a recipe in order, each skipped where its finished result stands."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from groundup.stages.clean import clean
 from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
@@ -27,6 +28,9 @@ STAGES: dict[str, Callable[[Work], object]] = {
     "report": lambda work: make_report(work.run.path, work.log),
 }
 
+TRAINING = ("pretrain", "sft", "lora")
+"""Stages that all ranks do together; the others are rank 0's."""
+
 
 def stages_of(recipe: Recipe) -> list[str]:
     """Names of the stages a recipe asks for, in order."""
@@ -46,10 +50,24 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def run_stages(work: Work, names: Iterable[str]) -> None:
     """Run some stages under the run's lock; the resolved recipe is written beside them."""
+    with work.world.connected(), _locked_by_first(work):
+        for name in work.world.broadcast(list(names)):
+            if work.world.is_first or name in TRAINING:
+                STAGES[name](work)
+            work.world.barrier()
+
+
+@contextmanager
+def _locked_by_first(work: Work) -> Iterator[None]:
+    """Rank 0 locks the run and mends what was left half-done; the others look at it after that."""
+    if not work.world.is_first:
+        work.world.barrier()
+        yield
+        return
     with work.run.lock():
         write_recipe(work.recipe, work.path("recipe.yaml"))
-        for name in names:
-            STAGES[name](work)
+        work.world.barrier()
+        yield
 
 
 def run_all(work: Work) -> None:

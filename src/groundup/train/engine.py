@@ -14,6 +14,7 @@ from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import LossSums
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import build_optimizers, set_lr
+from groundup.parallel.world import World
 from groundup.train.lanes import Lanes
 
 
@@ -68,7 +69,10 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One process. Weights, gradient sums and optimizer in fp32; in bf16 the model is a copy made once a step."""
+    """One rank. Weights, gradient sums and optimizer in fp32; in bf16 the model is a copy made once a step.
+
+    Every rank reads the whole batch and computes its share of the micro-batches; gradients are summed over the ranks.
+    """
 
     def __init__(
         self,
@@ -79,8 +83,10 @@ class TorchEngine:
         device: str,
         micro_batch_rows: int,
         num_lanes: int = 1,
+        world: World | None = None,
     ) -> None:
         self.model = model.to(device)
+        self.world = world or World()
         self.max_grad_norm = config.max_grad_norm
         self.micro_batch_rows = micro_batch_rows
         self.device = device
@@ -109,7 +115,7 @@ class TorchEngine:
         """As the Protocol says; the divisor is counted before the first backward."""
 
         def begins() -> Iterator[int]:
-            for begin in range(0, len(batch), self.micro_batch_rows):
+            for begin in share:
                 if should_stop():
                     self.discard_gradients()
                     raise StepAbandoned
@@ -117,6 +123,7 @@ class TorchEngine:
 
         divisor = max(1, batch.num_loss_tokens)
         loss_sum = torch.zeros((), device=self.device)
+        share = self._share(range(0, len(batch), self.micro_batch_rows))
         compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
         for part_sum, gradients in self._lanes.map(
             lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)), begins()
@@ -124,7 +131,24 @@ class TorchEngine:
             loss_sum += part_sum
             for name, gradient in gradients.items():
                 self._add_gradient(name, gradient)
+        if self.world.size > 1 and batch.num_loss_tokens:
+            self._sum_over_ranks(loss_sum)
         return StepSums(loss_sum, batch.num_loss_tokens)
+
+    def _share(self, begins: range) -> range:
+        """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
+        rank, size = self.world.rank, self.world.size
+        return begins[rank * len(begins) // size : (rank + 1) * len(begins) // size]
+
+    def _sum_over_ranks(self, loss_sum: Tensor) -> None:
+        """A rank whose share has no supervised token brings zeros; a tensor without gradient on any rank has none."""
+        have = self.world.sum_counts([int(master.grad is not None) for master in self.masters.values()])
+        masters = [master for master, count in zip(self.masters.values(), have, strict=True) if count]
+        for master in masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        gradients = [master.grad for master in masters if master.grad is not None]
+        self.world.all_reduce_gradients([loss_sum, *gradients])
 
     def _accumulate(self, part: RowBatch, divisor: int, seed: int) -> tuple[Tensor | float, dict[str, Tensor]]:
         """Gradients of a micro-batch go straight to where they are summed: no second set of them exists."""
@@ -149,6 +173,7 @@ class TorchEngine:
         return sums.loss_sum.detach(), {name: gradient for name, gradient in named if gradient is not None}
 
     def _forward(self, part: RowBatch) -> LossSums:
+        reach("engine.forward")
         part = part.to(self.device)
         sums: LossSums = self.model(part.tokens_BT, part.segments, part.labels_BT)
         return sums

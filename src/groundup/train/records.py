@@ -34,3 +34,23 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class NoLines(JsonLines):
+    """What a rank that writes nothing writes to."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def cut(self, keep_bytes: int) -> None:
+        """Nothing."""
+
+    def num_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""

@@ -11,6 +11,7 @@ from groundup.base import machine
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.attention import AttentionMaker
+from groundup.parallel.world import World
 from groundup.train.config import TrainConfig
 from groundup.train.duration import in_steps
 
@@ -27,6 +28,8 @@ COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 RESOLVED = "resolved.json"
 PINNED = ("precision", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes")
 """What decides the bits: a resumed run keeps it."""
+SHARED = ("micro_batch_rows", "num_threads", "num_lanes")
+"""What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,24 @@ class Resolved:
     """Micro-batches computed at the same time."""
     batch_rows: int
     total_steps: int
+    num_ranks: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int, has_dropout: bool = False) -> Resolved:
-    """Resolve a section. Raises ConfigError for a batch that its rows do not divide."""
+def resolve(
+    config: TrainConfig,
+    *,
+    rows_per_epoch: int,
+    matrix_parameters: int,
+    has_dropout: bool = False,
+    world: World | None = None,
+) -> Resolved:
+    """Resolve a section; threads and lanes are those of one rank. Raises ConfigError for a batch that its rows do not
+    divide, and for fewer CUDA devices than ranks."""
+    num_ranks, num_local = (world.size, world.num_local) if world is not None else (1, 1)
     if config.batch_size_tokens % config.row_length:
         nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
         raise ConfigError(
@@ -66,6 +79,12 @@ def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int,
         raise ConfigError(
             "E-CONFIG-DEVICE", what="device cuda, but torch sees no CUDA device", next="use device cpu or auto"
         )
+    if device == "cuda" and num_local > torch.cuda.device_count():
+        raise ConfigError(
+            "E-CONFIG-DEVICE",
+            what=f"{num_local} ranks on this machine, but torch sees {torch.cuda.device_count()} CUDA devices",
+            next="start as many ranks as devices, or use device cpu",
+        )
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" or machine.has_fast_bf16() else "fp32"
@@ -76,11 +95,13 @@ def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int,
         config.duration, batch_rows=batch_rows, row_length=config.row_length, rows_per_epoch=rows_per_epoch
     )
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
+    num_threads = max(1, num_threads // num_local)
+    share_rows = -(-batch_rows // num_ranks)
     compiles = _compiles(config, device, precision, 6.0 * matrix_parameters * total_steps * config.batch_size_tokens)
     # compiled code and the generator of dropout belong to one thread
     can_open_lanes = device == "cpu" and not compiles and not has_dropout
-    lanes = max(1, min(num_threads, config.batch_size_tokens // LANE_TOKENS)) if can_open_lanes else 1
-    micro_batch_rows = _micro_batch_rows(config, device, batch_rows, lanes)
+    lanes = max(1, min(num_threads, share_rows * config.row_length // LANE_TOKENS)) if can_open_lanes else 1
+    micro_batch_rows = _micro_batch_rows(config, device, share_rows, lanes)
     return Resolved(
         device=device,
         precision=precision,
@@ -88,9 +109,10 @@ def resolve(config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int,
         micro_batch_rows=micro_batch_rows,
         compile=compiles,
         num_threads=num_threads,
-        num_lanes=min(lanes, -(-batch_rows // micro_batch_rows)),
+        num_lanes=min(lanes, -(-share_rows // micro_batch_rows)),
         batch_rows=batch_rows,
         total_steps=total_steps,
+        num_ranks=num_ranks,
     )
 
 
@@ -119,14 +141,29 @@ def _compiles(config: TrainConfig, device: str, precision: str, flops: float) ->
 
 
 def resolve_once(
-    folder: Path, config: TrainConfig, *, rows_per_epoch: int, matrix_parameters: int, has_dropout: bool = False
+    folder: Path,
+    config: TrainConfig,
+    *,
+    rows_per_epoch: int,
+    matrix_parameters: int,
+    has_dropout: bool = False,
+    world: World | None = None,
 ) -> Resolved:
     """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with."""
-    fresh = resolve(config, rows_per_epoch=rows_per_epoch, matrix_parameters=matrix_parameters, has_dropout=has_dropout)
+    fresh = resolve(
+        config,
+        rows_per_epoch=rows_per_epoch,
+        matrix_parameters=matrix_parameters,
+        has_dropout=has_dropout,
+        world=world,
+    )
     path = folder / RESOLVED
     if path.exists():
         before: dict[str, Any] = read_json(path)
-        return Resolved(**(asdict(fresh) | {name: before[name] for name in PINNED}))
+        is_same_world = before.get("num_ranks", 1) == fresh.num_ranks
+        return Resolved(
+            **(asdict(fresh) | {name: before[name] for name in PINNED if is_same_world or name not in SHARED})
+        )
     write_json(path, asdict(fresh))
     return fresh
 

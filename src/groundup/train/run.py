@@ -14,22 +14,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from groundup.base.errors import CheckpointError, NumericsError, Preempted
+from groundup.base.failpoints import reach
 from groundup.base.log import Log, Progress
 from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
 from groundup.base.signals import StopRequest, stop_request
+from groundup.checkpoint.attempt import Checkpoint
+from groundup.checkpoint.manifest import FileRecord
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.data.rows import RowSource
 from groundup.model.causal_lm import CausalLM
 from groundup.optim.muon import Muon
 from groundup.optim.schedules import lr_multiplier
+from groundup.parallel.checks import refuse_divergence
+from groundup.parallel.world import World
 from groundup.train.config import TrainConfig
 from groundup.train.duration import in_steps
 from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.guard import Guard
 from groundup.train.loop import RewindWanted, StepResult, training_steps
-from groundup.train.records import JsonLines
+from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once
 from groundup.train.state import TrainingState
 from groundup.train.validation import validation_figures
@@ -57,6 +62,10 @@ class TrainingJob:
     """Settings that are not those the run began with: (old, new) by name."""
     token_bytes: NDArray[np.integer[Any]] | None = None
     """Bytes each id stands for; None where that is not defined."""
+    world: World = field(default_factory=World)
+    """The ranks that run this job together; rank 0 alone writes, looks and samples."""
+    compare_every: int = 100
+    """Steps from one comparison of the ranks' weights to the next."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,8 @@ class TrainingRun:
         self.job, self.config = job, job.config
         matrix_parameters = sum(p.numel() for p in job.model.parameters() if p.dim() >= 2)
         has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in job.model.modules())
-        self.resolved = resolve_once(
-            job.folder,
-            job.config,
-            rows_per_epoch=job.source.rows_per_epoch,
-            matrix_parameters=matrix_parameters,
-            has_dropout=has_dropout,
-        )
+        self.world = job.world
+        self.resolved = self._resolve(matrix_parameters, has_dropout)
         apply_threads(self.resolved)
         job.model.use_attention(self.resolved.attention)
         job.model.train()
@@ -90,14 +94,15 @@ class TrainingRun:
             job.model,
             job.config,
             dtype=self.resolved.dtype,
-            device=self.resolved.device,
+            device=self._device,
             micro_batch_rows=self.resolved.micro_batch_rows,
             num_lanes=self.resolved.num_lanes,
+            world=self.world,
         )
         if self.resolved.compile:
             for block in job.model.model.layers:
                 block.compile()
-        self.state = TrainingState()
+        self.state = TrainingState(num_ranks=self.world.size)
         self._intervals = {
             name: self._steps_of(getattr(self.config, name))
             for name in ("validate_every", "sample_every", "log_every", "checkpoint_every", "keep_every")
@@ -110,11 +115,11 @@ class TrainingRun:
             keep_every=self._intervals["keep_every"] or None,
         )
         self.is_resumed = self._load()
-        if not self.is_resumed:
+        if not self.is_resumed and self.world.is_first:
             self.store.preflight(checkpoint_bytes(self.engine))
-        self.metrics = JsonLines(job.folder / "metrics.jsonl", keep_bytes=self.state.metrics_bytes)
-        self.timing = JsonLines(job.folder / "timing.jsonl")
-        self.events = JsonLines(job.folder / "events.jsonl")
+        self.metrics = self._records("metrics.jsonl", keep_bytes=self.state.metrics_bytes)
+        self.timing = self._records("timing.jsonl")
+        self.events = self._records("events.jsonl")
         self._saved_step = self.state.step if self.is_resumed else -1
         self._saving_seconds = 0.0
         self._state_is_whole = threading.Lock()
@@ -122,12 +127,62 @@ class TrainingRun:
 
     def _load(self) -> bool:
         """Take up the newest checkpoint; False where there is none."""
-        found = self.store.newest()
+        found = self._find_checkpoint()
         if found is None:
             return False
         self.state = TrainingState(**found.state)
         self.engine.load_state_dict({name: found.tensors(name) for name in ("model", "optimizer")})
         return True
+
+    @property
+    def _device(self) -> str:
+        is_one_of_many = self.resolved.device == "cuda" and self.world.size > 1
+        return f"cuda:{self.world.local_rank}" if is_one_of_many else self.resolved.device
+
+    def _resolve(self, matrix_parameters: int, has_dropout: bool) -> Resolved:
+        """Rank 0 resolves for all: no rank's machine may decide otherwise."""
+        resolved = None
+        if self.world.is_first:
+            resolved = resolve_once(
+                self.job.folder,
+                self.config,
+                rows_per_epoch=self.job.source.rows_per_epoch,
+                matrix_parameters=matrix_parameters,
+                has_dropout=has_dropout,
+                world=self.world,
+            )
+        return Resolved(**self.world.broadcast(resolved and asdict(resolved)))
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """Rank 0 looks for the newest that is whole; all load that one."""
+        found = self.store.newest() if self.world.is_first else None
+        if self.world.size == 1:
+            return found
+        values = self.world.broadcast(
+            found
+            and {
+                "step": found.step,
+                "folder": str(found.folder),
+                "state": dict(found.state),
+                "files": {name: asdict(record) for name, record in found.files.items()},
+            }
+        )
+        if values is None:
+            return None
+        files = {name: FileRecord(**record) for name, record in values["files"].items()}
+        return Checkpoint(values["step"], Path(values["folder"]), values["state"], files, self.store.disk)
+
+    def _records(self, name: str, *, keep_bytes: int | None = None) -> JsonLines:
+        return JsonLines(self.job.folder / name, keep_bytes=keep_bytes) if self.world.is_first else NoLines()
+
+    def _note_world(self) -> None:
+        before = self.state.num_ranks
+        if before == self.world.size or self.state.step == self.resolved.total_steps:
+            return
+        self.state.num_ranks, self.state.is_exact = self.world.size, False
+        detail = f"{before} → {self.world.size} ranks: the order of the data stays, the last bits do not"
+        self._event(self.state.step, "world", detail)
+        self.job.log.say(f"  {detail}")
 
     def _steps_of(self, duration: str | None) -> int:
         """Interval in steps; 0 for never."""
@@ -146,8 +201,11 @@ class TrainingRun:
         if self.is_resumed:
             self._event(self.state.step, "resume", "from its last checkpoint")
             self.job.log.say(f"  goes on from step {self.state.step} of {self.resolved.total_steps}")
+            self._note_world()
         elif "rewind" in (self.config.on_nonfinite, self.config.on_spike):
             self._save(wait=True)  # where a rewind before the first checkpoint goes
+        refuse_divergence(self.world, self.state.step, self.engine.masters)
+        self.world.report(self.state.step)
         with stop_request() as stop, stop.polled(self._rescue), self.job.log.progress() as line:
             is_done = False
             while not is_done:
@@ -160,6 +218,7 @@ class TrainingRun:
                     self._rewind(wanted.step)
                 except NumericsError:
                     self._save(wait=True)
+                    self.world.barrier()
                     raise
                 except Exception:
                     with suppress(CheckpointError):  # the write at work comes to its end before an error ends the run
@@ -197,7 +256,7 @@ class TrainingRun:
             Guard(self.config, self.state, self.job.log, self.job.name_documents, self._event),
             start_step=self.state.step,
             seed_of=lambda step, row: derive_seed(self.job.seed, self.job.name, "dropout", step, row),
-            should_stop=stop.is_asked,
+            should_stop=self._should_stop(stop),
             finish=self._count,
             update=self._state_is_whole,
         )
@@ -206,6 +265,10 @@ class TrainingRun:
         if self.state.unwritten is not None:  # stopped between a step and its look
             self._look(stop)
         for result in steps:
+            self.world.report(result.step)
+            is_saved = result.step == total or self._is_due("checkpoint_every")
+            if is_saved or result.step % self.job.compare_every == 0:
+                refuse_divergence(self.world, result.step, self.engine.masters)
             looks = self._look(stop)
             self._record_timing(result)
             if looks:
@@ -223,8 +286,13 @@ class TrainingRun:
             line.update(text)
             if self._is_due("log_every", at_end=False):
                 self.job.log.say(f"  {text}")
-            if stop.is_asked() and result.step < total:
+            # every rank ends after the same step, whichever was told first
+            if self.world.any(stop.is_asked()) and result.step < total:
                 raise StepAbandoned
+
+    def _should_stop(self, stop: StopRequest) -> Callable[[], bool]:
+        """Asked inside a step: one rank alone must not leave it, the others would wait for it."""
+        return stop.is_asked if self.world.size == 1 else lambda: False
 
     def _is_due(self, interval: str, *, at_end: bool = True) -> bool:
         every, step = self._intervals[interval], self.state.step
@@ -232,10 +300,11 @@ class TrainingRun:
 
     def _stop_for(self, stop: StopRequest) -> None:
         self._save(wait=True)
+        self.world.barrier()
         raise Preempted(
             "E-PREEMPTED",
-            what=f"stopped by {stop.name} after step {self.state.step} of {self.resolved.total_steps}; "
-            "everything is saved",
+            what=f"stopped by {stop.name or 'a signal to another rank'} after step {self.state.step} of "
+            f"{self.resolved.total_steps}; everything is saved",
             next="run the same command again to go on",
         )
 
@@ -319,22 +388,25 @@ class TrainingRun:
         self.events.write({"step": step, "kind": kind, "detail": detail})
 
     def _validate(self, stop: StopRequest) -> dict[str, dict[str, float]]:
+        if not self.world.is_first:
+            return {}
+        reach("run.validate")
         looks = {
             name: validation_figures(
                 self.job.model,
                 source,
                 max_rows=self.config.max_validation_rows,
                 micro_batch_rows=self.resolved.micro_batch_rows,
-                device=self.resolved.device,
+                device=self._device,
                 token_bytes=self.job.token_bytes,
-                should_stop=stop.is_asked,
+                should_stop=self._should_stop(stop),
             )
             for name, source in self.job.validation.items()
         }
         return {name: figures for name, figures in looks.items() if figures}
 
     def _sample(self, stop: StopRequest) -> None:
-        for prompt in self.config.sample_prompts:
+        for prompt in self.config.sample_prompts if self.world.is_first else ():
             if stop.is_asked():
                 return
             text = self.job.sample(self.job.model, prompt)
@@ -342,7 +414,9 @@ class TrainingRun:
             self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
 
     def _save(self, *, wait: bool = False) -> None:
-        """Save this step once; without `wait` it is written while the next steps compute."""
+        """Rank 0 saves this step once; without `wait` it is written while the next steps compute."""
+        if not self.world.is_first:
+            return
         with self._saving:
             began = time.perf_counter()
             if self._saved_step != self.state.step:
@@ -369,6 +443,7 @@ class TrainingRun:
             "num_loss_tokens": state.loss_tokens,
             "skipped_steps": state.skipped_steps,
             "rewinds": state.rewinds,
+            "ranks": self.world.size,
             "exact": state.is_exact,
             "seconds": state.elapsed_seconds,
             "tokens_per_second": state.tokens / max(state.elapsed_seconds, 1e-9),
