@@ -54,3 +54,13 @@ def test_kill_is_sigkill():
     program = "from groundup.base.failpoints import reach; reach('x'); print('alive')"
     answer = subprocess.run([sys.executable, "-c", program], env={VARIABLE: "x:kill:1"}, capture_output=True)
     assert (answer.returncode, answer.stdout) == (-9, b"")
+
+
+def test_a_rank_can_be_named(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "x:raise:1:1")
+    reach("x")
+    monkeypatch.setenv("RANK", "0")
+    reach("x")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RuntimeError, match="failpoint x"):
+        reach("x")

@@ -14,6 +14,7 @@ from groundup.base.log import Log
 from groundup.parallel import launch as launching
 from groundup.parallel.config import ParallelConfig
 from groundup.parallel.launch import launch
+from groundup.parallel.rank import BEAT_SECONDS
 
 PRELUDE = """
 import os, signal, sys, time
@@ -63,7 +64,9 @@ def test_ranks_that_end_well_end_the_launcher_well(run, tmp_path):
 
 
 def test_a_killed_rank_is_named_and_the_others_are_ended(run, tmp_path):
-    code, err, seconds = run("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)" + WAIT)
+    # one of the others is stopped: it cannot see by itself that the end has come
+    ends = "os.kill(os.getpid(), {1: signal.SIGKILL, 2: signal.SIGSTOP}[rank]) if rank else None"
+    code, err, seconds = run(ends + WAIT, data=3)
     (pid,) = pids(tmp_path, 1)
     assert code == 6 and err.startswith(f"ERROR E-RANK-LOST: rank 1 (pid {pid}) signal 9 at step 4. ")
     assert err.count("\n") == 1 and seconds < 5
@@ -107,21 +110,21 @@ def test_lost_ranks_begin_again_without_restart_and_only_so_often(run, tmp_path)
 
 
 def test_a_stopped_rank_is_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "SILENT_SECONDS", 3.0)
+    assert launching.SILENT_SECONDS + launching.IDLE_SECONDS + BEAT_SECONDS < 15
+    monkeypatch.setattr(launching, "SILENT_SECONDS", 2.0)
     code, err, seconds = run("if rank == 1: os.kill(os.getpid(), signal.SIGSTOP)" + WAIT)
     (pid,) = pids(tmp_path, 1)
     assert code == 6 and err.startswith(f"ERROR E-RANK-HUNG: rank 1 (pid {pid}) no sign of life for ") and seconds < 10
-    assert launching.SILENT_SECONDS + launching.IDLE_SECONDS < 15
     assert_nobody_left(tmp_path)
 
 
 def test_a_rank_at_work_is_not_taken_for_dead(run, monkeypatch):
     """The heartbeat's thread waits for Python's lock, which a library may hold for long."""
-    monkeypatch.setattr(launching, "SILENT_SECONDS", 1.5)
-    monkeypatch.setattr(launching, "IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(launching, "SILENT_SECONDS", 1.2)
+    monkeypatch.setattr(launching, "IDLE_SECONDS", 0.6)
     # the lock goes to another thread after so many seconds: here it does not
-    code, err, seconds = run("sys.setswitchinterval(60)\nend = time.time() + 4\nwhile time.time() < end: pass")
-    assert (code, err) == (0, "") and seconds > 4
+    code, err, seconds = run("sys.setswitchinterval(60)\nend = time.time() + 3\nwhile time.time() < end: pass")
+    assert (code, err) == (0, "") and seconds > 3
 
 
 def test_only_the_words_of_the_first_to_fail_are_shown(run, tmp_path):
@@ -146,7 +149,9 @@ def test_what_a_rank_wrote_before_it_died_is_not_lost(run):
     assert (code, err) == (1, "no words\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_reaches_every_rank_once(tmp_path, number):
     body = """
     received = []
@@ -178,7 +183,9 @@ def test_a_rank_that_a_signal_ends_without_saving_is_no_loss(tmp_path):
 
 
 def test_ranks_die_with_their_launcher(tmp_path):
-    launcher = start_launcher(tmp_path, "(folder / f'ready{rank}').touch()" + WAIT)
+    # a stopped rank notices nothing by itself
+    stops = "(folder / f'ready{rank}').touch()\nif rank == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+    launcher = start_launcher(tmp_path, stops + WAIT)
     wait_for(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
     launcher.kill()
     launcher.communicate(timeout=20)

@@ -5,6 +5,7 @@ import torch
 
 from groundup.base import machine
 from groundup.base.errors import ConfigError
+from groundup.parallel.world import World
 from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, resolve, resolve_once
 
 
@@ -98,3 +99,38 @@ def test_a_resumed_run_keeps_what_it_began_with(monkeypatch, tmp_path, make_conf
     assert resolve_once(tmp_path, config, **sizes) == began
     longer = config.model_copy(update={"duration": "500 steps"})
     assert resolve_once(tmp_path, longer, **sizes).total_steps == 500
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 6, 7, 24, 97])
+def test_ranks_share_the_threads_of_their_machine_and_the_rows(make_config, batch_rows):
+    config = make_config(row_length=256, batch_size_tokens=256 * batch_rows, micro_batch_rows="auto", num_threads=8)
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    world = World(0, 4, num_local=2)
+    alone, shared = resolve(config, **sizes), resolve(config, **sizes, world=world)
+    assert (alone.num_threads, shared.num_threads, shared.num_ranks) == (8, 4, 4), "two of the four are on this machine"
+    share = -(-batch_rows // 4)
+    assert share % shared.micro_batch_rows == 0 and shared.num_lanes <= max(1, min(4, share // 2))
+    assert shared.total_steps == alone.total_steps and shared.batch_rows == batch_rows
+    one_thread = resolve(make_config(num_threads=1), **sizes, world=World(0, 3, num_local=3))
+    assert one_thread.num_threads == 1
+
+
+def test_a_run_on_more_ranks_divides_anew_and_keeps_the_rest(tmp_path, make_config, monkeypatch):
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    config = make_config(precision="bf16", num_threads=4, micro_batch_rows="auto")
+    two = World(0, 2, num_local=2)
+    began = resolve_once(tmp_path, config, **sizes)
+    assert (began.num_threads, began.micro_batch_rows) == (4, 4)
+    later = make_config(precision="fp32", num_threads=6, micro_batch_rows="auto")
+    spread = resolve_once(tmp_path, later, **sizes, world=two)
+    assert (spread.precision, spread.num_threads, spread.micro_batch_rows, spread.num_ranks) == ("bf16", 3, 2, 2)
+    assert resolve_once(tmp_path, later, **sizes) == began
+
+
+def test_more_ranks_than_cuda_devices_are_refused(make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    with pytest.raises(ConfigError, match="E-CONFIG-DEVICE: 2 ranks on this machine, but torch sees 1 CUDA devices"):
+        resolve(make_config(device="cuda"), **sizes, world=World(0, 2, num_local=2))
+    assert resolve(make_config(device="cuda"), **sizes, world=World(0, 2, num_local=1)).device == "cuda"

@@ -1,7 +1,5 @@
 """A rank's side of its launcher: signs of life, last words, and an end when the launcher is gone. Imports no torch."""
 
-import ctypes
-import json
 import os
 import signal
 import sys
@@ -46,6 +44,8 @@ class Reports:
             wait.wait(BEAT_SECONDS)
 
     def _send(self, message: dict[str, Any]) -> None:
+        import json
+
         line = json.dumps(message).encode() + b"\n"
         with self._lock:
             try:
@@ -65,6 +65,8 @@ def launcher_reports() -> Reports | None:
     descriptor, launcher = int(os.environ.pop(REPORT_FD)), int(os.environ[LAUNCHER_PID])
     os.set_inheritable(descriptor, False)
     if sys.platform == "linux":
+        import ctypes  # late, as json below: what a command's help does without
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != launcher:  # it died before the line above
             os.kill(os.getpid(), signal.SIGKILL)

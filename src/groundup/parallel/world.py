@@ -95,7 +95,8 @@ class World:
                 timeout=RENDEZVOUS,
                 master_listen_fd=None if listening is None else int(listening),
             )
-        has_cuda = torch.cuda.is_available() and self.local_rank < torch.cuda.device_count()
+        # the same on every rank: ranks that share a device train on the CPU
+        has_cuda = torch.cuda.is_available() and self.num_local <= torch.cuda.device_count()
         if has_cuda:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group(

@@ -1,0 +1,216 @@
+"""Commands on two ranks: the same bits again, after a lost rank, and under torchrun."""
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from groundup.base.files import read_json
+
+from .conftest import Said, groundup, model_hashes
+
+pytestmark = pytest.mark.end_to_end
+COMMAND = [sys.executable, "-P", "-m", "groundup"]
+
+
+@pytest.fixture(scope="module")
+def tokens(way, tmp_path_factory):
+    """A folder with a run in which everything before pretraining is done."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("corpus", "tokenizer", "tokens"):
+        shutil.copytree(way / "runs" / "tiny" / name, folder / "tiny" / name)
+    (folder / "tiny" / ".groundup-run").touch()
+    return way / "tiny.yaml", folder
+
+
+class Ranks:
+    """Runs commands on two ranks, each in runs of its own."""
+
+    def __init__(self, recipe: Path, made: Path, folder: Path) -> None:
+        self.recipe, self.made, self.folder = recipe, made, folder
+
+    def start(self, name, *settings, failpoint="", launcher=COMMAND, data="2"):
+        runs = self.folder / name
+        if not runs.exists():
+            shutil.copytree(self.made, runs)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GROUNDUP_FAILPOINT": failpoint}
+        ranks = ["--parallel.data", data] if data else []
+        return subprocess.Popen(
+            [*launcher, "pretrain", self.recipe, "--runs-dir", runs, *ranks, *settings],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, name, *settings, **how):
+        process = self.start(name, *settings, **how)
+        out, err = process.communicate(timeout=180)
+        return Said(process.returncode, out, err)
+
+    def bits(self, name):
+        stage = self.folder / name / "tiny" / "pretrain"
+        metrics = hashlib.sha256((stage / "metrics.jsonl").read_bytes()).hexdigest()
+        hashes = model_hashes(self.folder / name / "tiny")
+        assert "pretrain/model/model.safetensors" in hashes
+        return metrics, hashes
+
+
+@pytest.fixture
+def ranks(tokens, tmp_path):
+    return Ranks(*tokens, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tokens, tmp_path_factory):
+    """Bits of an unbroken run on two ranks."""
+    ranks = Ranks(*tokens, tmp_path_factory.mktemp("unbroken"))
+    said = ranks.run("runs")
+    assert said.code == 0 and ", 2 ranks" in said.out and not said.err, said
+    summary = read_json(ranks.folder / "runs" / "tiny" / "pretrain" / "summary.json")
+    assert summary["ranks"] == 2 and summary["exact"] is True
+    return ranks.bits("runs")
+
+
+def test_a_killed_rank_is_named_and_the_end_has_the_bits_of_an_unbroken_run(ranks, unbroken):
+    said = ranks.run("runs", failpoint="comm.pre:kill:5:1")
+    assert said.code == 0, said
+    assert "W-RESTART: E-RANK-LOST: rank 1 (pid " in said.err and ") signal 9 at step 4." in said.err
+    assert "goes on from step 4 of 6" in said.out
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+def test_an_error_of_a_rank_is_the_last_line_and_the_only_one(ranks):
+    said = ranks.run("runs", failpoint="comm.pre:raise:2:1")
+    assert said.code == 1 and said.err.splitlines()[-1] == "RuntimeError: failpoint comm.pre", said
+    assert "E-RANK" not in said.err and said.err.count("Traceback") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "failpoint",
+    [
+        *("engine.forward:kill:5:1", "engine.forward:kill:5:0", "comm.pre:kill:5:0"),
+        *("ckpt.before_manifest:kill:2:0", "ckpt.after_manifest:kill:2:0", "run.validate:kill:2:0"),
+        *("artifact.before_rename:kill:1:0", "artifact.after_rename:kill:1:0"),
+    ],
+)
+def test_wherever_a_rank_is_killed_the_bits_are_the_same(ranks, unbroken, failpoint):
+    said = ranks.run("runs", "--parallel.max_restarts", "0", failpoint=failpoint)
+    assert said.code == 6 and said.err.startswith(f"ERROR E-RANK-LOST: rank {failpoint[-1]} (pid "), said
+    assert ranks.run("runs").code == 0
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["ckpt.before_manifest", "run.validate"])
+def test_the_other_rank_is_killed_while_rank_0_saves_or_looks(ranks, unbroken, where):
+    process = ranks.start("runs", "--parallel.max_restarts", "0", failpoint=f"{where}:stall:1:0")
+    metrics = ranks.folder / "runs" / "tiny" / ".attempts" / "pretrain" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    time.sleep(1)
+    began = time.monotonic()
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 6 and "E-RANK-LOST: rank 1" in err and time.monotonic() - began < 5
+    assert ranks.run("runs").code == 0
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_within_15_seconds(ranks, unbroken):
+    process = ranks.start("runs", "--parallel.max_restarts", "0", failpoint="run.validate:stall:1:0")
+    metrics = ranks.folder / "runs" / "tiny" / ".attempts" / "pretrain" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    began = time.monotonic()
+    os.kill(children_of(process.pid)[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 6 and "E-RANK-HUNG: rank 1" in err and time.monotonic() - began < 15
+    assert ranks.run("runs").code == 0
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_same_command_goes_on(ranks, unbroken):
+    process = ranks.start("runs", failpoint="run.validate:stall:2:0")
+    # rank 0 stalls at the last look: until then, the signal comes at some step
+    metrics = ranks.folder / "runs" / "tiny" / ".attempts" / "pretrain" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err.count("\n") == 1, err
+    assert ranks.run("runs").code == 0
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_bits(ranks, unbroken):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    said = ranks.run("runs", launcher=[*launcher, "-m", "groundup"], data="")
+    assert said.code == 0, said
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+def test_ranks_with_other_settings_are_named_before_the_first_step(ranks):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shutil.copytree(ranks.made, ranks.folder / "runs")
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [
+                *COMMAND,
+                "pretrain",
+                ranks.recipe,
+                "--runs-dir",
+                ranks.folder / "runs",
+                "--pretrain.lr",
+                str(1e-3 + rank),
+            ],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 6 and "E-RANK-MISMATCH: rank 1 differs from rank 0 in 'pretrain.lr': 1.001" in err
+    assert not (ranks.folder / "runs" / "tiny" / ".attempts").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_two_ranks_and_then_on_one(way, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*COMMAND, "run", way / "tiny.yaml", "--runs-dir", tmp_path, "--parallel.data", "2"]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False).returncode == 0
+    said = groundup("run", way / "tiny.yaml", "--runs-dir", tmp_path)
+    assert said.code == 0 and said.out.count("unchanged") == 10, "the number of ranks is no key"
+
+
+def test_a_recipe_fault_is_told_once_and_before_any_rank(way, tmp_path):
+    said = groundup("pretrain", way / "tiny.yaml", "--runs-dir", tmp_path, "--parallel.data", "0")
+    assert said.code == 2 and "parallel.data" in said.err and said.err.count("\n") == 1
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a launcher started, in their order."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.02)
