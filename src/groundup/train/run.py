@@ -130,7 +130,7 @@ class TrainingRun:
         self.state = TrainingState()
         self.store = CheckpointStore(
             job.folder / "checkpoints",
-            run_id=f"{job.name}-{job.seed}",
+            run_id=job.name,
             log=job.log,
             keep_last=job.config.keep_checkpoints,
         )
