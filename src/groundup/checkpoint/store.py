@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from groundup.base.log import Log
 from groundup.checkpoint.attempt import Attempt, Checkpoint, find_attempts, reason_of, verified_state
 from groundup.checkpoint.manifest import Manifest
 from groundup.checkpoint.shard import NAMES, is_finite
-from groundup.checkpoint.writer import AttemptWriter, Snapshot, remove_attempt
+from groundup.checkpoint.writer import AttemptWriter, Snapshot, remove_attempt, remove_empty_steps
 
 
 class CheckpointStore:
@@ -132,6 +132,11 @@ class CheckpointStore:
             )
         return None
 
+    def drop_after(self, step: int) -> None:
+        """Remove the run's checkpoints of later steps: a run that was rewound to `step` leaves them behind."""
+        self._join()
+        self._remove(attempt for attempt in self._removable() if attempt.step > step)
+
     def steps(self) -> list[int]:
         """Steps of the run's committed checkpoints, in order, as far as names and sizes tell."""
         self._join()
@@ -192,7 +197,7 @@ class CheckpointStore:
         try:
             folder = writer.write()
         except (OSError, ValueError) as error:
-            writer.undo()
+            self._damaged |= writer.undo()
             raise self._refused(snapshot, error) from None
         except BaseException:
             writer.undo()
@@ -240,11 +245,21 @@ class CheckpointStore:
     def _purge(self, newest: Path) -> None:
         """Remove what need not be kept: older checkpoints of this run, and attempts that were never committed."""
         kept = self._kept(newest)
+        self._remove(attempt for attempt in self._removable() if attempt.folder not in kept)
+
+    def _removable(self) -> Iterator[Attempt]:
+        """Attempts that a save of this run made, never another's."""
         for attempt in find_attempts(self.root, self.run_id, self.disk):
             is_foreign = attempt.is_committed and (attempt.manifest is None or attempt.manifest.run_id != self.run_id)
-            if attempt.is_ours and not is_foreign and attempt.folder not in kept:
-                reach("ckpt.before_purge")
-                remove_attempt(attempt.folder, self.disk)
+            if attempt.is_ours and not is_foreign:
+                yield attempt
+
+    def _remove(self, attempts: Iterable[Attempt]) -> None:
+        for attempt in attempts:
+            reach("ckpt.before_purge")
+            remove_attempt(attempt.folder, self.disk)
+        if self.root.exists():
+            remove_empty_steps(self.root, self.disk)
 
 
 def _checked_snapshot(

@@ -15,6 +15,7 @@ from groundup.checkpoint.attempt import (
     ATTEMPT_FOLDER,
     MANIFEST,
     STATE,
+    STEP_FOLDER,
     SUFFIX,
     UNCOMMITTED,
     read_manifest,
@@ -122,8 +123,8 @@ class AttemptWriter:
             raise ValueError("the manifest is not what was written")
         verified_state(folder, self.run_id, manifest, self.disk)
 
-    def undo(self) -> None:
-        """Remove what was made, as far as the disk lets us, the manifest first: whatever is left does not count."""
+    def undo(self) -> set[Path]:
+        """Remove what was made, the manifest first, as far as the disk lets us; returns the folders that are left."""
         if self._made_folders and (self._made_folders[-1] / MANIFEST).exists():
             with suppress(OSError):
                 self.disk.remove_file(self._made_folders[-1] / MANIFEST)
@@ -134,6 +135,7 @@ class AttemptWriter:
         for path in reversed(self._made_folders):
             with suppress(OSError):
                 self.disk.remove_folder(path)
+        return {path for path in self._made_folders if path.exists()}
 
 
 def remove_attempt(folder: Path, disk: Disk) -> None:
@@ -144,6 +146,12 @@ def remove_attempt(folder: Path, disk: Disk) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in (STATE, UNCOMMITTED) or path.suffix == SUFFIX:
             disk.remove_file(path)
-    for path in (folder, folder.parent):
-        if not any(path.iterdir()):
+    if not any(folder.iterdir()):
+        disk.remove_folder(folder)
+
+
+def remove_empty_steps(root: Path, disk: Disk) -> None:
+    """Remove the folders of steps without attempts."""
+    for path in sorted(root.iterdir()):
+        if STEP_FOLDER.fullmatch(path.name) and not path.is_symlink() and path.is_dir() and not any(path.iterdir()):
             disk.remove_folder(path)
