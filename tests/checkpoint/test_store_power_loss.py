@@ -15,6 +15,8 @@ from groundup.base.disk import Disk
 from groundup.base.errors import CheckpointError
 
 STEPS = (1, 2, 3)
+FATES = ("all", "none", "names only", "last name")
+"""What becomes of all that is pending, beside a mixture by chance."""
 
 
 @dataclass
@@ -70,7 +72,7 @@ def apply(names, changes):
 
 
 def content_after(file, generator, fate):
-    if fate == "all" or not file.pending:
+    if fate in ("all", "last name") or not file.pending:
         return file.sure + b"".join(file.pending)
     if fate in ("none", "names only"):
         return file.sure
@@ -89,8 +91,9 @@ def content_after(file, generator, fate):
 def rebuild(folder, place, generator, fate):
     """Write a tree as it may be found after a power loss."""
     names = dict(folder.sure)
-    keep = {"all": 1.0, "names only": 1.0, "none": 0.0}.get(fate, generator.random())
-    apply(names, [change for change in folder.pending if generator.random() < keep])
+    keep = {"all": 1.0, "names only": 1.0, "last name": 1.0, "none": 0.0}.get(fate, generator.random())
+    pending = folder.pending[-1:] if fate == "last name" else folder.pending
+    apply(names, [change for change in pending if generator.random() < keep])
     for name, node in names.items():
         if isinstance(node, Folder):
             (place / name).mkdir()
@@ -146,7 +149,7 @@ class NoSync(Disk):
 
 
 def every_prefix(log, seeds=0):
-    plain = [(length, 0, fate) for length in range(len(log) + 1) for fate in ("all", "none", "names only")]
+    plain = [(length, 0, fate) for length in range(len(log) + 1) for fate in FATES]
     return plain + [(length, seed, "mixed") for length in range(len(log) + 1) for seed in range(seeds)]
 
 
@@ -197,14 +200,14 @@ def test_a_missing_sync_is_seen(kit, ignored):
     disk = kit.RecordingDisk()
     disk.ignores = {ignored}
     log = history(kit, disk)
-    assert len(power_loss_violations(kit, log, every_prefix(log)[::4])) > 10
+    assert len(power_loss_violations(kit, log, every_prefix(log)[::5])) > 10
 
 
 def test_a_manifest_before_its_shards_is_seen(kit):
     log = history(kit, kit.RecordingDisk())
     early = manifest_first(log)
     assert sorted(map(str, early)) == sorted(map(str, log)) and early != log
-    assert power_loss_violations(kit, early, every_prefix(early)[: len(log) // 2])
+    assert power_loss_violations(kit, early, every_prefix(early)[: 2 * len(log)])
 
 
 def manifest_first(log):

@@ -68,9 +68,9 @@ class Attempt:
 
 def find_attempts(root: Path, run_id: str, disk: Disk) -> list[Attempt]:
     """Every attempt folder, by step and attempt; links are never followed. Raises CheckpointError if unreadable."""
-    if not root.exists():
-        return []
     try:
+        if not root.exists():
+            return []
         return sorted(
             _scan(root, run_id, disk), key=lambda attempt: (attempt.step, attempt.number, attempt.folder.name)
         )
