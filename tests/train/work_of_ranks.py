@@ -96,6 +96,7 @@ def train(world, folder, name, stop=(-1, 0), spoil=-1, **changes):
         **{"validate_every": "2 steps", "sample_every": "2 steps", "sample_prompts": ("x",)},
     }
     (folder / name).mkdir(exist_ok=True)
+    sampled = []
     job = TrainingJob(
         name="pretrain",
         config=TrainConfig(**values | changes),
@@ -106,7 +107,7 @@ def train(world, folder, name, stop=(-1, 0), spoil=-1, **changes):
         folder=folder / name,
         log=Log(quiet=True),
         name_documents=lambda step: "doc",
-        sample=lambda model, prompt: str(world.rank),
+        sample=lambda model, prompt: sampled.append(prompt) or "",
         world=world,
         compare_every=2,
     )
@@ -136,6 +137,7 @@ def train(world, folder, name, stop=(-1, 0), spoil=-1, **changes):
         weights.update(key.encode() + tensor.contiguous().numpy().tobytes())
     return {
         "targets": targets,
+        "num_samples": len(sampled),
         "ended": ended,
         "step": run.state.step,
         "weights": weights.hexdigest(),
