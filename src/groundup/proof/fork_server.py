@@ -89,7 +89,11 @@ def _watch(pid: int, wanted: Mapping[str, Any], began: float) -> tuple[int | Non
             os.waitpid(pid, 0)
             return None, sent_at
         if sends and _is_due(sends[0], now, began, sent_at):
-            os.kill(pid, signal.Signals[sends.pop(0)["signal"]])
+            target = pid if not sends[0].get("worker") else next(iter(_workers(pid)), None)
+            if target is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            os.kill(target, signal.Signals[sends.pop(0)["signal"]])
             sent_at = now if sent_at is None else sent_at
         time.sleep(POLL_SECONDS)
 
@@ -103,6 +107,20 @@ def _is_due(send: dict[str, Any], now: float, began: float, sent_at: float | Non
             return False
         send["since"] = sent_at if send.get("after_first") else now if {"exists", "lines_of"} & send.keys() else began
     return now - send["since"] >= send.get("seconds", 0.0) if send["since"] is not None else False
+
+
+def _workers(pid: int) -> list[int]:
+    """Worker processes of a trial, where the system tells; the busiest first."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return sorted(found, key=lambda worker: -_processor_ticks(worker))
+
+
+def _processor_ticks(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11])
 
 
 def _num_lines(path: Path) -> int:
@@ -120,6 +138,12 @@ def _child(wanted: Mapping[str, Any], main: Main, out: int, err: int) -> NoRetur
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what a background job was told to ignore
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.update(wanted["environment"])
+    if wanted["environment"].get("GROUNDUP_TRIAL_FSIZE"):
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        room = int(wanted["environment"]["GROUNDUP_TRIAL_FSIZE"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     install(wanted.get("moments", []))
     code = 70
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from groundup.corpus.storage import explain_full_disk
 from groundup.stages.clean import clean
 from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
 from groundup.stages.finetune import finetune
@@ -12,6 +13,9 @@ from groundup.stages.report import make_report
 from groundup.stages.tokenize import tokenize
 from groundup.stages.train_tokenizer import train_tokenizer
 from groundup.stages.work import Work
+
+LEAST_ROOM_BYTES = 1 << 20
+"""What is said to be missing where nobody knows better."""
 
 STAGES: dict[str, Callable[[Work], object]] = {
     "clean": lambda work: clean(work.needed(work.recipe.corpus, "corpus"), work.run, work.log, work.policy),
@@ -46,7 +50,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def run_stages(work: Work, names: Iterable[str]) -> None:
     """Run some stages under the run's lock; the resolved recipe is written beside them."""
-    with work.run.lock():
+    with work.run.lock(), explain_full_disk(work.run.path, LEAST_ROOM_BYTES):
         write_recipe(work.recipe, work.path("recipe.yaml"))
         for name in names:
             STAGES[name](work)
