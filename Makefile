@@ -9,16 +9,16 @@ quickstart: $(STAMP)  ## raw text in, a chatting model out
 	$(BIN)/groundup quickstart
 
 test: $(STAMP)  ## every test but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
 
-test-long: $(STAMP)  ## every test
+test-long: $(STAMP)  ## every test, and the trials whose rows go to docs/reliability.md; again = go on
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## what stands before every commit: style, types, layers, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not parity and not end_to_end"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not parity and not end_to_end"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -357,6 +357,37 @@ def report(run: Path) -> None:
     make_report(run, Log())
 
 
+@app.command(name="verify-resume")
+def verify_resume(
+    recipe: str, *settings: Overrides, kills: int = 12, seed: int = 0, runs_dir: RunsDir = Path("runs")
+) -> None:
+    """Kill and resume a shrunk copy of a recipe on this machine, and compare the ends bit by bit.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    kills
+        Kills of each training stage.
+    seed
+        Where the kills fall.
+    """
+    from groundup.stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings))
+    from groundup.proof import verify_resume as proof
+
+    proof.verify_resume(loaded, runs_dir, Log(), num_kills=kills, seed=seed)
+
+
+@app.command(name="trial-server", show=False)
+def trial_server(*imports: str) -> None:
+    """What proofs start: runs the commands that it reads, each in a process of its own."""
+    from groundup.proof.fork_server import serve
+
+    serve(main, imports)
+
+
 @contextmanager
 def errors_as_lines(*, debug: bool = False) -> Iterator[None]:
     """Print an error that a person can mend as one line, and exit with its code."""

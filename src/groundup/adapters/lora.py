@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from groundup.adapters.config import AdapterConfig
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
+from groundup.base.pickles import refuse_pickle, refuse_pickles_in
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -84,7 +86,13 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise ConfigError(
             "E-ADAPTER-NONE", what="no adapter_config.json", where=folder, next="give an adapter's directory"
         )
-    values = json.loads(path.read_bytes())
+    try:
+        values = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        refuse_pickle(path)
+        raise ConfigError(
+            "E-ADAPTER-CONFIG", what=f"not a JSON object: {str(error)[:120]}", where=path, next="repair the file"
+        ) from None
     refused = [
         name
         for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -107,18 +115,42 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 def read_base_hash(folder: Path) -> str | None:
     """Hash of the base the adapter was trained on; None if it was not written by groundup."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        metadata = file.metadata() or {}
+    path = _adapter_file(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
     return metadata.get("base_hash")
+
+
+def _adapter_file(folder: Path) -> Path:
+    """Where the adapter's tensors stand. Raises CheckpointError where there are none, or only a pickle."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        refuse_pickles_in(folder)
+        raise CheckpointError(
+            "E-ADAPTER-NONE", what="no adapter_model.safetensors", where=folder, next="give an adapter's directory"
+        )
+    return path
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    refuse_pickle(path)
+    return CheckpointError(
+        "E-ADAPTER-DAMAGED", what=f"cannot be read: {str(error)[:120]}", where=path, next="copy or make it again"
+    )
 
 
 def load_adapter(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     """Inject a saved adapter. Raises CheckpointError if its tensors do not fit the model."""
     inject_lora(model, config, seed=0)
     expected = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-    tensors = load_file(folder / "adapter_model.safetensors")
+    path = _adapter_file(folder)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
     names = {key: PREFIX + key.replace(f".{ADAPTER}.", ".") for key in expected}
     if set(names.values()) != tensors.keys():
         raise CheckpointError(

@@ -14,6 +14,7 @@ from groundup.base.errors import ConfigError
 MAX_RECIPE_BYTES = 1 << 20
 MAX_DEPTH = 32
 PLAIN_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
+BINARY_TAG = "tag:yaml.org,2002:binary"
 
 COSMETIC: dict[str, Any] = {"cosmetic": True}
 """`json_schema_extra` of a field that cannot change a single bit of a stage's output (workers, log intervals)."""
@@ -83,9 +84,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     """As `read_yaml`, from a text."""
-    loader = yaml.SafeLoader(text)
     lines: dict[str, int] = {}
+    loader: yaml.SafeLoader | None = None
     try:
+        loader = yaml.SafeLoader(text)  # looks for characters that no YAML may hold
         _refuse_aliases_and_depth(text, where)
         root = loader.get_single_node()
         values = {} if root is None else _construct(loader, root, "", lines, where)
@@ -106,7 +108,8 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
             next="write plain values, few levels deep",
         ) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(values, dict):
         raise ConfigError(
             "E-CONFIG-YAML",
@@ -137,7 +140,7 @@ def _refuse_aliases_and_depth(text: str, where: str) -> None:
 
 def _construct(loader: yaml.SafeLoader, node: yaml.Node, name: str, lines: dict[str, int], where: str) -> Any:
     lines[name] = node.start_mark.line + 1
-    if not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS:
+    if node.tag == BINARY_TAG or (not isinstance(node, yaml.ScalarNode) and node.tag not in PLAIN_TAGS):
         raise ConfigError(
             "E-CONFIG-YAML",
             what=f"the tag {node.tag!r} is not allowed in a recipe",

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
+from groundup.base.pickles import refuse_pickle, refuse_pickles_in
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.tokenizer.bpe import TextTokenizer
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def model_dtype(name: str) -> torch.dtype:
@@ -111,6 +111,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
+        refuse_pickle(path)
         raise ConfigError(
             "E-MODEL-CONFIG", what=f"config.json is not JSON: {error}", where=path, next="repair or download it again"
         ) from None
@@ -154,14 +155,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     paths = sorted(folder.glob("*.safetensors"))
     paths = [path for path in paths if not path.name.startswith("adapter_")]
     if not paths:
-        pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES] if folder.is_dir() else []
-        if pickles:
-            raise CheckpointError(
-                "E-CKPT-FORMAT",
-                what=f"{pickles[0]} is a pickle, which can run code: refused",
-                where=folder,
-                next="convert it to safetensors first",
-            )
+        refuse_pickles_in(folder)
         raise CheckpointError(
             "E-MODEL-NONE", what="no *.safetensors files", where=folder, next="give a model directory"
         )
@@ -170,6 +164,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             tensors.update(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
+            refuse_pickle(path)
             raise CheckpointError(
                 "E-MODEL-DAMAGED", what=f"cannot be read: {str(error)[:120]}", where=path, next="copy or make it again"
             ) from None
@@ -217,11 +212,24 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:
     return model.to(dtype)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        refuse_pickle(path)
+        raise ConfigError(
+            "E-MODEL-CONFIG",
+            what=f"not a JSON object: {str(error)[:120]}",
+            where=path,
+            next="repair or download it again",
+        ) from None
+
+
 def read_eos_ids(folder: Path, tokenizer: TextTokenizer) -> list[int]:
     """Ids that end what the model writes."""
     path = folder / "generation_config.json"
-    ids = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+    ids = _read_object(path).get("eos_token_id") if path.is_file() else None
     if ids is None:
-        ids = json.loads((folder / "config.json").read_bytes()).get("eos_token_id")
+        ids = _read_object(folder / "config.json").get("eos_token_id")
     ids = [ids] if isinstance(ids, int) else list(ids or [])
     return sorted({*ids, tokenizer.end_of_text_id, tokenizer.end_of_turn_id})

@@ -201,7 +201,12 @@ def _hash_sources(files: list[SourceFile], summary: Path) -> dict[str, dict[str,
 def _refuse_changes(files: list[SourceFile], hashes: dict[str, dict[str, str]]) -> None:
     """Raise DataError if a file is not what it was when it was hashed."""
     for file in files:
-        if not file.path.exists() or file.signature() != hashes[file.name]["signature"]:
+        known = hashes[file.name]
+        if (
+            not file.path.exists()
+            or file.signature() != known["signature"]
+            or sha256_of(file.path) != known["sha256"]  # who copies with times keeps the signature
+        ):
             raise DataError(
                 "E-INPUT-CHANGED",
                 what="the file changed while it was read",

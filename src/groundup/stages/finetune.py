@@ -12,6 +12,7 @@ from groundup.base.artifact import StageKey, read_manifest, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, sha256_of, write_json
+from groundup.base.pickles import refuse_pickle
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import read_eos_ids, save_model
 from groundup.data.chat_rows import PackedChats
@@ -127,6 +128,7 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
     config = section_of(work, stage)
     if config.init_from != "auto":
         folder = Path(config.init_from)
+        refuse_pickle(folder)
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 "E-MODEL-NONE",

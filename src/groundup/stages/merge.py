@@ -11,6 +11,7 @@ from groundup.adapters.lora import load_adapter, merged_weights, read_adapter_co
 from groundup.base.artifact import StageKey, write_summary
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import read_json
+from groundup.base.pickles import refuse_pickle
 from groundup.checkpoint.huggingface import copy_tokenizer, load_model, load_weights, read_eos_ids, save_model
 from groundup.corpus.embedded import embedded_files
 from groundup.model.causal_lm import CausalLM
@@ -49,6 +50,7 @@ def merge(work: Work) -> dict[str, Any]:
 
 def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
     """Write base + adapter as a model directory. Raises CheckpointError for another base or logits that differ."""
+    refuse_pickle(adapter)
     config = read_adapter_config(adapter)
     base_hash = read_base_hash(adapter)
     if base_hash is not None and base_hash != weights_hash(base):

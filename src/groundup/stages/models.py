@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from groundup.base.artifact import MANIFEST
-from groundup.base.errors import CheckpointError, ConfigError
+from groundup.base.errors import ConfigError
 from groundup.base.failpoints import reach
 from groundup.base.files import sync_file, sync_folder
-from groundup.checkpoint.huggingface import PICKLES, load_model, model_dtype, read_eos_ids, save_model
+from groundup.base.pickles import refuse_pickle
+from groundup.checkpoint.huggingface import load_model, model_dtype, read_eos_ids, save_model
 from groundup.model.causal_lm import CausalLM
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -19,13 +20,7 @@ LAST_FIRST = ("lora/model", "sft/model", "pretrain/model", "model")
 def find_model(model: str) -> Path:
     """The directory of a MODEL. Raises ConfigError if there is none, CheckpointError for a pickle."""
     path = Path(model)
-    if path.suffix in PICKLES:
-        raise CheckpointError(
-            "E-CKPT-FORMAT",
-            what=f"{path.name} is a pickle, which can run code: refused",
-            where=path.parent,
-            next="convert it to safetensors first",
-        )
+    refuse_pickle(path)
     for folder in (path, *(path / name for name in LAST_FIRST), *(Path("runs") / model / name for name in LAST_FIRST)):
         if (folder / "config.json").is_file():
             return folder

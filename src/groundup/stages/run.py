@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from groundup.corpus.storage import explain_full_disk
 from groundup.stages.clean import clean
 from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
 from groundup.stages.finetune import finetune
@@ -13,6 +14,9 @@ from groundup.stages.report import make_report
 from groundup.stages.tokenize import tokenize
 from groundup.stages.train_tokenizer import train_tokenizer
 from groundup.stages.work import Work
+
+LEAST_ROOM_BYTES = 1 << 20
+"""What is said to be missing where nobody knows better."""
 
 STAGES: dict[str, Callable[[Work], object]] = {
     "clean": lambda work: clean(work.needed(work.recipe.corpus, "corpus"), work.run, work.log, work.policy),
@@ -64,7 +68,7 @@ def _locked_by_first(work: Work) -> Iterator[None]:
         work.world.barrier()
         yield
         return
-    with work.run.lock():
+    with work.run.lock(), explain_full_disk(work.run.path, LEAST_ROOM_BYTES):
         write_recipe(work.recipe, work.path("recipe.yaml"))
         work.world.barrier()
         yield

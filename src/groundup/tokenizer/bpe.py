@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from groundup.base.errors import ConfigError, DataError
 from groundup.base.files import write_json
+from groundup.base.pickles import refuse_pickle
 from groundup.tokenizer.config import TokenizerConfig
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,6 +60,7 @@ class TextTokenizer:
     """A loaded tokenizer directory: text to ids, where no text can become a control id."""
 
     def __init__(self, folder: Path) -> None:
+        refuse_pickle(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(
@@ -73,6 +75,7 @@ class TextTokenizer:
             # a copy that knows no added tokens: what a user types is always ordinary bytes
             self.plain = Tokenizer.from_str(json.dumps(_without_added_tokens(data)))
         except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+            refuse_pickle(path)
             raise DataError(
                 "E-TOKENIZER-FILE",
                 what=f"not a usable tokenizer: {str(error)[:120]}",
@@ -90,7 +93,13 @@ class TextTokenizer:
     @staticmethod
     def _read_config(folder: Path) -> dict[str, Any]:
         path = folder / "tokenizer_config.json"
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        try:
+            return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        except (ValueError, TypeError) as error:
+            refuse_pickle(path)
+            raise DataError(
+                "E-TOKENIZER-FILE", what=f"not a JSON object: {str(error)[:120]}", where=path, next="repair the file"
+            ) from None
 
     def _id_of(self, token: str, fallback_key: str) -> int:
         if token in self.added_tokens:

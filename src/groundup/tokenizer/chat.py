@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from groundup.base.errors import ConfigError, DataError
+from groundup.base.pickles import refuse_pickle
 from groundup.tokenizer.bpe import TextTokenizer
+from groundup.tokenizer.template_sandbox import CountingEnvironment, TemplateDoesTooMuch, render
 
-MAX_TEMPLATE_BYTES = 1 << 20
+MAX_TEMPLATE_BYTES = 1 << 17
 BUILT_IN_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 # three private-use characters; a text that holds one of them has it replaced by a placeholder too
@@ -67,24 +68,10 @@ class _GenerationTag(Extension):
         return f"{_GENERATION_BEGIN}{caller()}{_GENERATION_END}"
 
 
-def _environment() -> Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    # unlike jinja's own filter this keeps letters as they are, as transformers does
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
 class ChatEncoder:
     """Renders chats by a template and encodes them.
 
-    Raises ConfigError for a template that cannot be compiled, DataError for a chat that it refuses.
+    Raises ConfigError for a template that cannot be compiled or does too much, DataError for a chat that it refuses.
     """
 
     def __init__(self, tokenizer: TextTokenizer, template: str | None = None) -> None:
@@ -98,8 +85,8 @@ class ChatEncoder:
                 next="use a plain template",
             )
         try:
-            self._compiled = _environment().from_string(self.template)
-        except _FAULTS_OF_TEMPLATES as error:
+            self._compiled = CountingEnvironment([_GenerationTag, "jinja2.ext.loopcontrols"]).from_string(self.template)
+        except (*_FAULTS_OF_TEMPLATES, TemplateDoesTooMuch) as error:
             raise ConfigError(
                 "E-TEMPLATE",
                 what=f"the chat template does not compile: {error}",
@@ -127,14 +114,20 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> str:
         special = {name: self._token_text(name) for name in ("bos_token", "eos_token", "pad_token")}
+        given = {"messages": self._hide(list(messages)), "tools": self._hide(variables.pop("tools", None))}
         try:
-            return self._compiled.render(
-                messages=self._hide(list(messages)),
-                tools=self._hide(variables.pop("tools", None)),
-                add_generation_prompt=add_generation_prompt,
-                **special,
-                **variables,
+            return render(
+                self._compiled,
+                _num_characters(given),
+                {**given, "add_generation_prompt": add_generation_prompt, **special, **variables},
             )
+        except TemplateDoesTooMuch as error:
+            raise ConfigError(
+                "E-TEMPLATE",
+                what=f"the chat template does too much: {error}",
+                where=self.tokenizer.folder,
+                next="do not trust it; set `chat_template: built-in`, or remove chat_template.jinja",
+            ) from None
         except _FAULTS_OF_TEMPLATES as error:
             raise DataError(
                 "E-TEMPLATE-CHAT",
@@ -209,15 +202,39 @@ class ChatEncoder:
         return self._encode_marked("".join([*marked, whole[at:]]))
 
 
+def _template_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        refuse_pickle(path)
+        raise ConfigError(
+            "E-TEMPLATE", what=f"not UTF-8 (byte {error.start})", where=path, next="remove it to use the built-in one"
+        ) from None
+
+
+def _num_characters(value: Any) -> int:
+    """Size of all that is said in a value."""
+    if isinstance(value, Mapping):
+        return sum(_num_characters(name) + _num_characters(item) for name, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return sum(map(_num_characters, value))
+    return len(value) if isinstance(value, str) else 8
+
+
 def read_template(folder: Path) -> str:
     """Chat template of a model or tokenizer directory; the built-in one where it has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        return text or BUILT_IN_TEMPLATE
+        return _template_text(path) or BUILT_IN_TEMPLATE
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        template = json.loads(config.read_bytes()).get("chat_template")
+        try:
+            template = dict(json.loads(config.read_bytes())).get("chat_template")
+        except (ValueError, TypeError) as error:
+            refuse_pickle(config)
+            raise ConfigError(
+                "E-TEMPLATE", what=f"not a JSON object: {str(error)[:120]}", where=config, next="repair the file"
+            ) from None
         if isinstance(template, str) and template:
             return template
     return BUILT_IN_TEMPLATE

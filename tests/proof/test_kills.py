@@ -1,0 +1,98 @@
+"""Killed at any moment, resumed by the same command, a stage ends in the bits of the run that nobody disturbed."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from groundup.proof.evidence import evidence_of, largest_difference
+from groundup.proof.kill_trials import KILLED, StageVerdict
+
+pytestmark = pytest.mark.end_to_end
+FAST_KILLS = 4
+"""Of each stage: twelve in all."""
+
+
+def test_the_trials_recipe_holds_what_is_to_be_proved(engine):
+    lora, pretrain = engine.recipe.lora, engine.recipe.pretrain
+    assert lora.lora_dropout > 0 and pretrain.micro_batch_rows * pretrain.row_length < pretrain.batch_size_tokens
+    for stage in engine.stages:
+        rows = [json.loads(line) for line in (engine.unbroken / stage / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == len(rows) >= 14
+        assert any(row["step"] % 3 and row["epoch"] % 1 for row in rows), "every save falls on an epoch's border"
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "lora"])
+def test_random_kills_end_in_the_same_bits(engine, stage):
+    verdict = engine.test(stage, FAST_KILLS)
+    assert verdict.kills == FAST_KILLS and verdict.runs >= 1
+    assert verdict.inside_saves >= 0.3 * verdict.kills, verdict
+    assert verdict.is_exact, verdict.line()
+    assert verdict.line().endswith("PASS")
+    assert verdict.lost_steps <= 3, "more than one interval was lost"
+
+
+def test_killed_in_the_second_and_in_the_third_resume(engine):
+    run = engine.fresh_run("lora", "third")
+    for number in range(3):
+        metrics = run / ".attempts" / "lora" / "metrics.jsonl"
+        sends = [{"signal": "SIGKILL", "lines_of": str(metrics), "lines": 4 + 3 * number, "seconds": 0.0}]
+        ended = engine.trials.run(*engine.command("lora", run.parent), sends=sends)
+        assert ended.status == KILLED, ended
+    ended = engine.trials.run(*engine.command("lora", run.parent))
+    assert ended.status == 0, ended
+    events = [json.loads(line) for line in (run / "lora" / "events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "resume" for event in events) >= 2
+    assert evidence_of(run / "lora") == evidence_of(engine.unbroken / "lora")
+
+
+def test_other_bits_are_seen(engine, tmp_path):
+    stage = tmp_path / "pretrain"
+    shutil.copytree(engine.unbroken / "pretrain", stage)
+    expected = evidence_of(stage)
+    for path, kind in (
+        (stage / "model" / "model.safetensors", "weights"),
+        (next(iter(sorted((stage / "checkpoints").glob("step-000020/*/optimizer.safetensors")))), "optimizer"),
+        (stage / "metrics.jsonl", "metrics"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        assert evidence_of(stage).differing(expected) == [kind]
+        if kind == "weights":
+            assert 0 < largest_difference(stage, engine.unbroken / "pretrain") < 1e-2
+        path.write_bytes(whole)
+    assert evidence_of(stage) == expected
+
+
+def test_a_resume_that_forgets_something_is_caught(engine):
+    """A mutant of the proof: a run that goes on with another rate must not pass."""
+    run = engine.fresh_run("sft", "mutant")
+    metrics = run / ".attempts" / "sft" / "metrics.jsonl"
+    sends = [{"signal": "SIGKILL", "lines_of": str(metrics), "lines": 8, "seconds": 0.0}]
+    assert engine.trials.run(*engine.command("sft", run.parent), sends=sends).status == KILLED
+    recipe = engine.folder / "other-rate.yaml"
+    recipe.write_text((engine.folder / "recipe.yaml").read_text().replace("lr: 0.003", "lr: 0.0031"))
+    command = ("sft", recipe, "--runs-dir", run.parent, "--allow-change", "sft.lr")
+    ended = engine.trials.run(*command)
+    assert ended.status == 0, ended
+    verdict = StageVerdict("sft")
+    engine._compare("sft", run, evidence_of(engine.unbroken / "sft"), verdict)
+    assert verdict.unequal.keys() == {"weights", "optimizer", "metrics"} and not verdict.is_exact
+    assert verdict.line().endswith("FAIL") and verdict.largest_difference > 0
+
+
+@pytest.fixture
+def only_pretrain(engine, write_recipe):
+    sections = yaml.safe_load((engine.folder.parent / "trial.yaml").read_text())
+    return write_recipe({name: sections[name] for name in ("corpus", "tokenizer", "model", "pretrain")}, "one.yaml")
+
+
+def test_the_command_gives_a_plain_verdict_and_touches_no_run(trials, only_pretrain, tmp_path):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "mine.txt").write_text("mine")
+    ended = trials.run("verify-resume", only_pretrain, "--kills", 1, "--runs-dir", tmp_path / "runs")
+    assert ended.status == 0, ended
+    assert "pretrain  1 kills (1 inside saves)  weights, optimizer, metrics: equal  PASS" in ended.out
+    assert "corpus: a sample of" in ended.out and "pretrain: 20 steps → 14 steps" in ended.out
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "one", "one.yaml", "runs"]
