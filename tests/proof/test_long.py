@@ -13,6 +13,7 @@ GOOD = {"kills": 4, "inside_saves": 2, "runs": 3, "most_resumes": 2, "unequal": 
 
 
 @pytest.mark.long
+@pytest.mark.slow
 def test_the_long_tier():
     repository = Path(__file__).parents[2]
     page, journal = repository / "docs" / "reliability.md", repository / "runs" / ".trials.jsonl"
