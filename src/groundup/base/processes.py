@@ -1,20 +1,87 @@
-"""Work spread over processes, results in order, memory bounded; a process that dies loses nothing."""
+"""Work spread over processes, results in order, memory bounded; a process that dies loses nothing.
+
+Each worker has a pipe of its own: one that dies in the middle of a message leaves a broken pipe, not one that the
+others wait at (which the standard library's pool does).
+"""
 
 import itertools
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from typing import Any, Generic, TypeVar
 
 from groundup.base.log import Log
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
-IN_FLIGHT = 2
-"""Batches that wait for each worker: what bounds the memory."""
+IN_FLIGHT = 3
+"""Batches at work or done before their turn, for each worker: what bounds the memory."""
+LEAVE_SECONDS = 1.0
+
+
+class _WorkerLost(Exception):
+    pass
+
+
+class _Worker(Generic[Batch, Result]):
+    """A process that is given one batch at a time, when it waits for one: neither side ever blocks the other."""
+
+    def __init__(self, context: SpawnContext, function: Callable[[Batch], Result]) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.number: int | None = None
+        """Number of the batch it works on."""
+        self._process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is the end of the pipe
+
+    def give(self, number: int, batch: Batch) -> None:
+        """Begin with a batch."""
+        self.number = number
+        try:
+            self.pipe.send(batch)
+        except OSError as error:
+            raise _WorkerLost from error
+
+    def take(self) -> tuple[int, Result]:
+        """The number and result of its batch; an error of the function is raised here."""
+        number, self.number = self.number, None
+        assert number is not None
+        try:
+            is_done, value = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise _WorkerLost from error
+        if not is_done:
+            raise value
+        return number, value
+
+    def leave(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self._process.join(0 if self.number is not None else LEAVE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all; the parent decides
+    while True:
+        try:
+            batch = pipe.recv()
+        except (EOFError, OSError):  # the parent is done, or gone
+            return
+        try:
+            answer = (True, function(batch))
+        except Exception as error:
+            answer = (False, error)
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
 
 
 def map_in_order(
@@ -29,24 +96,36 @@ def map_in_order(
         for batch in batches:
             yield batch, function(batch)
         return
-    waiting: deque[tuple[Batch, Future[Result]]] = deque()
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
-    submitted: Batch | None = None
+    context = multiprocessing.get_context("spawn")
+    at_work: deque[Batch] = deque()
+    """Batches that were given out and not yielded yet, the next to yield first."""
+    done: dict[int, Result] = {}
+    first = 0
+    workers: list[_Worker[Batch, Result]] = []
     try:
-        for batch in batches:
-            submitted = batch
-            waiting.append((batch, pool.submit(function, batch)))
-            submitted = None
-            if len(waiting) > IN_FLIGHT * num_workers:
-                yield waiting[0][0], waiting[0][1].result()
-                waiting.popleft()
-        while waiting:
-            yield waiting[0][0], waiting[0][1].result()
-            waiting.popleft()
-    except BrokenProcessPool:
+        workers.extend(_Worker(context, function) for _ in range(num_workers))
+        is_over = False
+        while not is_over or at_work:
+            for worker in workers:
+                if worker.number is None and not is_over and len(at_work) < IN_FLIGHT * num_workers:
+                    for batch in itertools.islice(batches, 1):
+                        at_work.append(batch)
+                        worker.give(first + len(at_work) - 1, batch)
+                        break
+                    else:
+                        is_over = True
+            busy = {worker.pipe: worker for worker in workers if worker.number is not None}
+            for pipe in wait(list(busy)) if busy else ():
+                number, result = busy[pipe].take()  # type: ignore[index]
+                done[number] = result
+            while first in done:
+                yield at_work[0], done.pop(first)
+                at_work.popleft()
+                first += 1
+    except _WorkerLost:
         log.warn("W-WORKER-LOST", "a worker process died; the work goes on in one process")
-        left = [batch for batch, _ in waiting] + ([] if submitted is None else [submitted])
-        for batch in itertools.chain(left, batches):
-            yield batch, function(batch)
+        for number, batch in enumerate(itertools.chain(at_work, batches), start=first):
+            yield batch, done.pop(number) if number in done else function(batch)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in workers:
+            worker.leave()
