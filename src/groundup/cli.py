@@ -21,6 +21,7 @@ app = App(
     version_flags=["--version"],
     help_format="plaintext",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 OS_ADVICE = "look at the path, who may use it, and the room on its disk; --debug shows where it was needed"

@@ -30,7 +30,8 @@ def test_random_kills_end_in_the_same_bits(engine, stage):
     assert verdict.inside_saves >= 0.3 * verdict.kills, verdict
     assert verdict.is_exact, verdict.line()
     assert verdict.line().endswith("PASS")
-    assert verdict.lost_steps <= 3, "more than one interval was lost"
+    # an interval, and the steps taken while the next was being written: back-pressure keeps them below another
+    assert verdict.lost_steps < 2 * 3, "more was lost than an interval and one write"
 
 
 def test_killed_in_the_second_and_in_the_third_resume(engine):

@@ -58,6 +58,11 @@ class _Worker(Generic[Batch, Result]):
             raise value
         return number, value
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process ended without being asked to."""
+        return not self._process.is_alive()
+
     def leave(self) -> None:
         """End the process."""
         self.pipe.close()
@@ -122,6 +127,8 @@ def map_in_order(
                 yield at_work[0], done.pop(first)
                 at_work.popleft()
                 first += 1
+        if any(worker.is_dead for worker in workers):
+            log.warn("W-WORKER-LOST", "a worker process died with nothing left to do; nothing is missing")
     except _WorkerLost:
         log.warn("W-WORKER-LOST", "a worker process died; the work goes on in one process")
         for number, batch in enumerate(itertools.chain(at_work, batches), start=first):
