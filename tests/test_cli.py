@@ -44,7 +44,7 @@ def test_help_is_quick_and_imports_no_torch(arguments):
     }
     assert "groundup.cli" in imported and not imported & {"torch", "numpy", "pydantic", "transformers", "yaml"}
     # the least of several: another process on the same core slows this one down, its processor time included
-    assert any(cpu_seconds(*arguments) < MAX_HELP_SECONDS for _ in range(10))
+    assert any(cpu_seconds(*arguments) < MAX_HELP_SECONDS for _ in range(25))
 
 
 def test_every_stage_s_help_names_its_settings(capsys):
