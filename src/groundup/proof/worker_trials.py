@@ -14,7 +14,7 @@ from groundup.proof.trial_recipe import WORDS
 
 STAGES = {"clean": "corpus", "tokenize": "tokens"}
 NUM_ROWS = 9000
-MAX_MISSES = 8
+MAX_MISSES = 25
 
 
 @dataclass(frozen=True)
