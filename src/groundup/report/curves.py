@@ -75,7 +75,9 @@ class Chart:
 
 def stage_charts(stage: StageRecord) -> list[Chart]:
     """The charts of a stage that have something to show."""
-    marks = sorted({event.step for event in stage.events if event.kind in ("resume", "spike", "skip")})
+    marks = sorted(
+        {event.step for event in stage.events if event.kind in ("resume", "nonfinite", "spike", "skip", "rewind")}
+    )
     marks = marks[:: len(marks) // MAX_MARKS + 1]
     losses = _validation_lines(stage, "loss")
     perplexities = _validation_lines(stage, "perplexity")

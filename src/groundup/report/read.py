@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at a step: resume, spike, skip, save."""
+    """Something that happened at a step: resume, nonfinite, spike, skip, rewind, change, save."""
 
     step: int
     kind: str
