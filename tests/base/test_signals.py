@@ -90,6 +90,23 @@ def test_a_second_interrupt_ends_a_deaf_process_without_a_rescue():
     assert code in (75, 1, -signal.SIGINT) and seconds < 5
 
 
+def test_repeated_signals_do_not_move_the_deadline():
+    code, _, seconds = run_deaf(POLLED, grace=0.6, send=(signal.SIGTERM,) * 12)
+    assert code == 75 and seconds < 2
+
+
+def test_a_hangup_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert not stop.is_asked()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_process_that_ends_in_time_is_left_alone():
     with StopRequest(grace_seconds=0.05) as stop, stop.polled(lambda: pytest.fail("was rescued")):
         os.kill(os.getpid(), signal.SIGHUP)

@@ -152,6 +152,13 @@ def test_a_finished_stage_trains_for_longer(copy):
     verify(run / "pretrain", read_manifest(run / "pretrain"))
 
 
+@pytest.mark.parametrize("name", ["pretrain.batch_size_tokens", "row_length"])
+def test_what_counts_the_place_in_the_data_cannot_be_allowed_to_change(copy, name):
+    recipe, runs, _ = copy
+    said = refusal("pretrain", recipe, "--runs-dir", runs, "--allow-change", name)
+    assert said.code == 2 and "E-CONFIG-ALLOW" in said.err and name in said.err
+
+
 @pytest.mark.parametrize(
     ("stage", "moment"),
     [

@@ -5,12 +5,13 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from groundup.base.errors import NumericsError, Preempted
+from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
 from groundup.train.run import TrainingRun
 
 SCHEDULED = {"checkpoint_every": "4 steps", "validate_every": "3 steps", "sample_every": "2 steps"}
@@ -82,6 +83,62 @@ def test_a_rewind_before_the_first_checkpoint_goes_to_the_beginning(make_job):
     spoil_batches(run, 2)
     run.run()
     assert [line["loss"] is None for line in lines(run, "metrics.jsonl")][:4] == [False, False, True, False]
+
+
+def test_a_rewind_to_the_beginning_forgets_the_moments(make_job):
+    """As if the run had begun without the bad batch."""
+    run = TrainingRun(make_job("run", on_nonfinite="rewind", optimizer="adamw"))
+    spoil_batches(run, 2)
+    outcome = run.run()
+    other = TrainingRun(make_job("other", on_nonfinite="rewind", optimizer="adamw"))
+    other.state.passed_over = [2]
+    found, expected = outcome.weights, other.run().weights
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_save_that_failed_in_the_background_is_tried_again_at_a_stop(make_job, monkeypatch):
+    run = TrainingRun(make_job("run", checkpoint_every="4 steps"))
+    StopIn(run, "_record_timing", 4)
+    write, seen = run.store._write, []
+
+    def refuse_once(snapshot):
+        seen.append(snapshot.step)
+        if len(seen) == 1:
+            raise CheckpointError("E-DISK", what="the disk is full")
+        return write(snapshot)
+
+    monkeypatch.setattr(run.store, "_write", refuse_once)
+    with pytest.raises(Preempted, match="after step 4 of 11; everything is saved"):
+        run.run()
+    assert seen == [4, 4] and TrainingRun(make_job("run")).state.step == 4
+
+
+def test_a_run_past_its_duration_is_refused(make_job):
+    TrainingRun(make_job("run")).run()
+    with pytest.raises(ConfigError, match="at step 11 already, the duration asks for 5"):
+        TrainingRun(make_job("run", duration="5 steps")).run()
+
+
+def test_the_mark_of_a_changed_run_outlives_a_kill_before_the_next_save(make_job):
+    run = TrainingRun(make_job("run"))
+    StopIn(run.engine, "gradient_norm", 5)
+    with pytest.raises(Preempted):
+        run.run()
+    changed = TrainingRun(replace(make_job("run"), changes={"pretrain.lr": (1.0, 2.0)}))
+    changed._train = lambda stop, line: (_ for _ in ()).throw(MemoryError)
+    with pytest.raises(MemoryError):
+        changed.run()
+    assert TrainingRun(make_job("run")).state.is_exact is False
+
+
+def test_a_pinned_setting_changes_where_that_was_allowed(make_job):
+    run = TrainingRun(make_job("run"))
+    StopIn(run.engine, "gradient_norm", 5)
+    with pytest.raises(Preempted):
+        run.run()
+    assert TrainingRun(make_job("run", attention="dense")).resolved.attention == "sdpa"
+    job = replace(make_job("run", attention="dense"), changes={"pretrain.attention": ("sdpa", "dense")})
+    assert TrainingRun(job).resolved.attention == "dense"
 
 
 def test_rewinds_end(make_job):

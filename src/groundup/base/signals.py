@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -64,7 +65,8 @@ class StopRequest:
         os.set_blocking(self._wakes, False)
         self._fd_before = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish stands
+                self._before[number] = signal.signal(number, self._receive)
         self._watch_thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
         self._watch_thread.start()
         return self
@@ -91,10 +93,10 @@ class StopRequest:
                 return
             if number in SIGNALS and not self._is_handed_over:
                 break
-        name, seconds = signal.Signals(number).name, self._grace_seconds
-        while (number := self._next_signal(seconds)) is not None:
+        name, deadline = signal.Signals(number).name, time.monotonic() + self._grace_seconds
+        while (number := self._next_signal(max(0.0, deadline - time.monotonic()))) is not None:
             if number == signal.SIGINT:
-                seconds, self._rescue = SECOND_INTERRUPT_SECONDS, None
+                deadline, self._rescue = min(deadline, time.monotonic() + SECOND_INTERRUPT_SECONDS), None
         if not self._is_over.is_set():
             self._end(name)
 
@@ -114,8 +116,10 @@ class StopRequest:
                 saved = f"the last save stands, another was not possible ({error})"
         # another thread is in the middle of a call: neither it nor Python's own exit can be waited for
         line = f"E-PREEMPTED: stopped by {name}; {saved}. Run the same command again to go on\n"
-        os.write(sys.stderr.fileno() if sys.stderr is not None else 2, line.encode())
-        os._exit(EXIT_CODE)
+        try:
+            os.write(sys.stderr.fileno() if sys.stderr is not None else 2, line.encode())
+        finally:  # a terminal that is gone, too
+            os._exit(EXIT_CODE)
 
 
 _current: StopRequest | None = None

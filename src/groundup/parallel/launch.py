@@ -80,7 +80,11 @@ class _StopSignals:
     num_passed_on: int = 0
 
     def __enter__(self) -> "_StopSignals":
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,9 @@ from groundup.parallel.checks import refuse_mismatch
 from groundup.parallel.world import World
 from groundup.stages.recipe import Recipe
 
+PLACE_OF_DATA = ("batch_size_tokens", "row_length")
+"""Settings in which a run counts its place: with others, rows would be left out or come twice."""
+
 Section = TypeVar("Section", bound=Config)
 
 
@@ -43,6 +46,13 @@ class Work:
 
         Raises DistributedError for ranks that would run different things.
         """
+        fixed = [name for name in self.policy.allow_change if name.split(".")[-1] in PLACE_OF_DATA]
+        if fixed:
+            raise ConfigError(
+                "E-CONFIG-ALLOW",
+                what=f"{fixed[0]} cannot change in the middle of a run: its place in the data is counted in it",
+                next="begin again with `--restart`",
+            )
         versions = {f"version of {name}": metadata.version(name) for name in ("groundup", "torch", "numpy")}
         refuse_mismatch(self.world, key.flat() | versions)
         attempt = self.run.begin(key, self.policy, resumable=True) if self.world.is_first else None

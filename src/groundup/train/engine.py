@@ -1,5 +1,6 @@
 """The engine: what one optimizer step is made of. The loop knows only the Protocol."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -190,6 +191,8 @@ class TorchEngine:
         if reach("opt.pre_step"):
             gradients[0].view(-1)[0] = float("nan")
         self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if self.world.any(not math.isfinite(self._norm)):  # what one rank sees, all decide on
+            self._norm = math.nan
         return self._norm
 
     def optimizer_step(self, lr_multiplier: float) -> dict[str, float]:
@@ -233,6 +236,8 @@ class TorchEngine:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(weights[name])
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # a state from before the first step has no moments
         owner = {
             id(p): optimizer
             for optimizer in self.optimizers

@@ -1,6 +1,7 @@
 """Every `auto` of a training section, resolved once from the recipe and the machine's facts, never from a clock."""
 
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def resolve_once(
     matrix_parameters: int,
     has_dropout: bool = False,
     world: World | None = None,
+    changed: Collection[str] = (),
 ) -> Resolved:
     """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with."""
     fresh = resolve(
@@ -162,7 +164,14 @@ def resolve_once(
         before: dict[str, Any] = read_json(path)
         is_same_world = before.get("num_ranks", 1) == fresh.num_ranks
         return Resolved(
-            **(asdict(fresh) | {name: before[name] for name in PINNED if is_same_world or name not in SHARED})
+            **(
+                asdict(fresh)
+                | {
+                    name: before[name]
+                    for name in PINNED
+                    if name not in changed and (is_same_world or name not in SHARED)
+                }
+            )
         )
     write_json(path, asdict(fresh))
     return fresh

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from groundup.base.errors import CheckpointError, NumericsError, Preempted
+from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
 from groundup.base.failpoints import reach
 from groundup.base.log import Log, Progress
 from groundup.base.machine import peak_memory_bytes
@@ -150,6 +150,7 @@ class TrainingRun:
                 matrix_parameters=matrix_parameters,
                 has_dropout=has_dropout,
                 world=self.world,
+                changed={name.rpartition(".")[2] for name in self.job.changes},
             )
         return Resolved(**self.world.broadcast(resolved and asdict(resolved)))
 
@@ -182,6 +183,8 @@ class TrainingRun:
         self.state.num_ranks, self.state.is_exact = self.world.size, False
         detail = f"{before} → {self.world.size} ranks: the order of the data stays, the last bits do not"
         self._event(self.state.step, "world", detail)
+        self._saved_step = -1
+        self._save(wait=True)
         self.job.log.say(f"  {detail}")
 
     def _steps_of(self, duration: str | None) -> int:
@@ -197,6 +200,13 @@ class TrainingRun:
 
     def run(self) -> TrainingOutcome:
         """Train to the end. Raises Preempted after saving when a signal asks to stop."""
+        if self.state.step > self.resolved.total_steps:
+            raise ConfigError(
+                "E-CONFIG-DURATION",
+                what=f"{self.job.name} is at step {self.state.step} already, the duration asks for "
+                f"{self.resolved.total_steps}",
+                next="give a longer duration, or begin again with `--restart`",
+            )
         self._note_changes()
         if self.is_resumed:
             self._event(self.state.step, "resume", "from its last checkpoint")
@@ -241,6 +251,8 @@ class TrainingRun:
         if self.is_resumed and changed:
             self.state.is_exact = False
             self._event(self.state.step, "change", ", ".join(changed))
+            self._saved_step = -1  # the mark is saved before anything else happens
+            self._save(wait=True)
             self.job.log.warn("W-CHANGED", f"goes on otherwise than it began: {', '.join(changed)}")
 
     def _train(self, stop: StopRequest, line: Progress) -> None:
@@ -317,9 +329,8 @@ class TrainingRun:
 
     def _rewind(self, step: int) -> None:
         """Go back to the last checkpoint and leave out the batches up to `step`, counted from 0."""
-        self.store.finish()
-        rewinds = self.state.rewinds + 1
-        passed_over = {*self.state.passed_over, *range(max(0, step + 1 - self.config.spike_batches), step + 1)}
+        before = self.state
+        passed_over = {*before.passed_over, *range(max(0, step + 1 - self.config.spike_batches), step + 1)}
         if not self._load():
             raise CheckpointError(
                 "E-CKPT-NONE",
@@ -327,7 +338,10 @@ class TrainingRun:
                 where=self.job.folder,
                 next="set `checkpoint_every`",
             )
-        self.state.rewinds, self.state.passed_over = rewinds, sorted(passed_over)
+        self.world.barrier()  # all have read it
+        self.state.rewinds, self.state.passed_over = before.rewinds + 1, sorted(passed_over)
+        self.state.is_exact, self.state.num_ranks = before.is_exact, before.num_ranks
+        self.state.environment = before.environment
         self.metrics.cut(self.state.metrics_bytes)
         self._event(step + 1, "rewind", f"to step {self.state.step}, without the batches {sorted(passed_over)}")
         self._saved_step = -1
@@ -419,6 +433,11 @@ class TrainingRun:
             return
         with self._saving:
             began = time.perf_counter()
+            if wait and self._saved_step == self.state.step:
+                try:
+                    self.store.finish()
+                except CheckpointError:  # what failed in the background is tried again
+                    self._saved_step = -1
             if self._saved_step != self.state.step:
                 self.state.metrics_bytes = self.metrics.num_bytes()
                 self.store.save(
@@ -430,8 +449,6 @@ class TrainingRun:
                 )
                 self._saved_step = self.state.step
                 self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
-            elif wait:
-                self.store.finish()
             self._saving_seconds += time.perf_counter() - began
 
     def _figures(self) -> dict[str, Any]:
