@@ -9,6 +9,8 @@ import torch
 
 from groundup.parallel.world import World
 
+pytestmark = pytest.mark.end_to_end  # whole processes, seconds each
+
 STEPS = 9
 WORK = Path(__file__).with_name("work_of_ranks.py")
 spec = importlib.util.spec_from_file_location("work_of_ranks", WORK)
