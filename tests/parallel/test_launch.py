@@ -16,12 +16,12 @@ from groundup.parallel.config import ParallelConfig
 from groundup.parallel.launch import launch
 from groundup.parallel.rank import BEAT_SECONDS
 
+pytestmark = pytest.mark.end_to_end  # whole processes, seconds each
+
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from groundup.parallel.rank import launcher_reports
-
-pytestmark = pytest.mark.end_to_end  # whole processes, seconds each
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 reports = launcher_reports()
 begun = len(list(folder.glob(f"{rank}-*")))
