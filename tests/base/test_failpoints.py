@@ -17,7 +17,7 @@ def no_passages_yet(monkeypatch):
 
 
 def test_nothing_happens_unasked():
-    reach("x")
+    assert reach("x") is False
 
 
 def test_only_the_named_point_fails_at_its_nth_passage(monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from groundup.base.errors import NumericsError
 from groundup.data.rows import RowBatch
 from groundup.train.engine import Engine, StepSums
 from groundup.train.guard import Guard, Verdict
@@ -68,7 +69,7 @@ def training_steps(
             grad_norm = engine.gradient_norm()
             try:
                 verdict = guard.judge(step, sums, grad_norm)
-            except BaseException:
+            except NumericsError:
                 engine.discard_gradients()
                 raise
         have_gradients = time.perf_counter()

@@ -339,6 +339,8 @@ class TrainingRun:
                 next="set `checkpoint_every`",
             )
         self.world.barrier()  # all have read it
+        if self.world.is_first:
+            self.store.drop_after(self.state.step)
         self.state.rewinds, self.state.passed_over = before.rewinds + 1, sorted(passed_over)
         self.state.is_exact, self.state.num_ranks = before.is_exact, before.num_ranks
         self.state.environment = before.environment
