@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -356,6 +356,63 @@ def report(run: Path) -> None:
     from groundup.stages.report import make_report
 
     make_report(run, Log())
+
+
+inspect_app = App(name="inspect", help="What the model really sees: learned, ignored, borders, cuts.")
+app.command(inspect_app)
+
+
+@inspect_app.command(name="masks")
+def inspect_masks(
+    recipe: str,
+    *settings: Overrides,
+    stage: Literal["sft", "lora"] = "sft",
+    count: int = 4,
+    html: Path | None = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Rows of chats, token by token: supervised, ignored, borders, ends of turns, cuts.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    stage
+        Whose chats.
+    count
+        Rows to show.
+    html
+        Write a page instead.
+    """
+    work = _work(recipe, settings, runs_dir)
+    from groundup.stages import inspect
+
+    inspect.inspect_masks(work, stage, count=count, html=html)
+
+
+@inspect_app.command(name="tokens")
+def inspect_tokens(
+    recipe: str,
+    *settings: Overrides,
+    count: int = 4,
+    html: Path | None = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Rows of pretraining, token by token: documents, borders, cuts.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    count
+        Rows to show.
+    html
+        Write a page instead.
+    """
+    work = _work(recipe, settings, runs_dir)
+    from groundup.stages import inspect
+
+    inspect.inspect_tokens(work, count=count, html=html)
 
 
 @app.command(name="verify-resume")

@@ -9,7 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from groundup.data.chat_rows import PackedChats, best_fit
-from groundup.data.chats import Chat, EncodedChats
+from groundup.data.chats import Chat
+from groundup.data.encoded_chats import EncodedChats
 from groundup.data.rows import read_batch
 from groundup.model.loss import IGNORE_INDEX
 from groundup.tokenizer.chat import EncodedChat
@@ -47,7 +48,7 @@ class Numbered:
             part = [int(word) for word in message["content"].split()]
             ids += part
             mask += [message["role"] == "assistant"] * len(part)
-        return EncodedChat(ids, mask)
+        return EncodedChat(ids, mask, [0] * len(ids), 1)
 
 
 def numbered_chats(generator, count, row_length):

@@ -8,7 +8,8 @@ import pytest
 from groundup.base.errors import DataError
 from groundup.corpus.rows import BadRow, RowFault
 from groundup.corpus.sources import SourceFile
-from groundup.data.chats import as_chat, is_held_out, read_chats, split_chats
+from groundup.data.chats import as_chat, read_chats
+from groundup.data.encoded_chats import is_held_out, split_chats
 from groundup.tokenizer.chat import ChatEncoder
 
 
@@ -85,8 +86,8 @@ def test_an_empty_answer_in_the_middle_is_kept_and_not_learned(tokenizer):
         ({"messages": [{"content": "x"}]}, "W-ROLE-ORDER"),
         ({"messages": [{"from": "human", "value": "x"}]}, "W-ROLE-ORDER"),
         ({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}, "W-SURROGATE"),
-        ({"messages": [{"role": "user", "content": "x", "tools": ["\udfff"]}]}, "W-SURROGATE"),
-        ({"instruction": "x", "output": "y"}, "W-FIELD-TYPE"),
+        ({"messages": [{"role": "user", "content": "x", "tools": [{"a": "\udfff"}]}]}, "W-SURROGATE"),
+        ({"instruction": "x", "output": 5}, "W-FIELD-TYPE"),
     ],
 )  # fmt: skip
 def test_wrong_types_are_named(row, code):

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from groundup.data.chat_rows import PackedChats
-from groundup.data.chats import EncodedChats, as_chat
+from groundup.data.chats import as_chat
+from groundup.data.encoded_chats import EncodedChats
 from groundup.data.rows import read_batch
 from groundup.eval.answers import Answer, answer_figures, answer_loss, answer_questions, skill_rate
 from groundup.generate import generator

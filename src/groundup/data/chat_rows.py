@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from groundup.data.chats import EncodedChats
+from groundup.data.encoded_chats import EncodedChats
 from groundup.data.permutation import Permutation
 from groundup.data.rows import Row
 from groundup.model.loss import IGNORE_INDEX

@@ -9,6 +9,7 @@ import torch
 
 from groundup.data.chat_rows import PackedChats
 from groundup.data.chats import Chat
+from groundup.data.encoded_chats import tools_of
 from groundup.data.rows import read_batch
 from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
@@ -77,7 +78,7 @@ def answer_questions(
     model: CausalLM, encoder: ChatEncoder, chats: Sequence[Chat], config: SamplingConfig, eos_ids: Collection[int]
 ) -> list[Answer]:
     """Let the model answer the last question of each chat."""
-    prompts = [encoder.encode_prompt(chat.prompt) for chat in chats]
+    prompts = [encoder.encode_prompt(chat.prompt, **tools_of(chat)) for chat in chats]
     completions = complete(model, prompts, config, eos_ids)
     return [
         Answer(chat.question, chat.reference, encoder.tokenizer.decode(completion.ids), completion.has_stopped)

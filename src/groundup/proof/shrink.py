@@ -7,11 +7,10 @@ from typing import Any
 
 from groundup.base.log import Log
 from groundup.corpus.config import CorpusConfig
+from groundup.corpus.object_reader import ObjectRow, read_objects
 from groundup.corpus.readers import read_source
 from groundup.corpus.rows import Row
 from groundup.corpus.sources import SourceFile, find_sources
-from groundup.corpus.streams import ByteStream, split_lines
-from groundup.data.chats import MAX_EXPANSION_RATIO, MAX_ROW_BYTES
 from groundup.model.config import ModelConfig
 from groundup.stages.chat_data import EMBEDDED
 from groundup.stages.config import FinetuneConfig
@@ -119,10 +118,9 @@ def _chat_lines(data: str) -> Iterator[bytes]:
             yield json.dumps(row, ensure_ascii=False).encode()
         return
     for file in find_sources(data).files:
-        stream = ByteStream(file.path, file.name, file.compression, MAX_EXPANSION_RATIO)
-        for chunk in split_lines(stream.blocks(), MAX_ROW_BYTES):
-            if chunk.data:
-                yield chunk.data
+        for found in read_objects(file):
+            if isinstance(found, ObjectRow):
+                yield json.dumps(found.fields, ensure_ascii=False, default=str).encode()
 
 
 def _sample_corpus(config: CorpusConfig, path: Path) -> int:

@@ -14,7 +14,8 @@ from groundup.base.files import atomic_write, sha256_of, write_json
 from groundup.corpus.embedded import docstring_chats, parameter_chats
 from groundup.corpus.rows import BadRow
 from groundup.corpus.sources import find_sources
-from groundup.data.chats import Chat, EncodedChats, as_chat, read_chats, split_chats
+from groundup.data.chats import Chat, as_chat, read_chats
+from groundup.data.encoded_chats import EncodedChats, split_chats
 from groundup.stages.config import FinetuneConfig
 from groundup.tokenizer.chat import ChatEncoder
 
@@ -30,6 +31,11 @@ class ChatData:
     validation: EncodedChats
     ledger: dict[str, Any]
     bad_rows: list[BadRow]
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms that the rows were written in, as found in the files."""
+        return sorted({chat.form for chat in (*self.train.chats, *self.validation.chats)})
 
     def write_account(self, folder: Path) -> None:
         """Write ledger.json and the rows that were set aside."""
@@ -68,7 +74,7 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
 
     def good() -> Iterator[Chat]:
         nonlocal num_read
-        for row in _rows(config.data):
+        for row in _rows(config):
             num_read += 1
             if isinstance(row, Chat):
                 yield row
@@ -84,7 +90,12 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
 
     try:
         train, validation = split_chats(
-            good(), encoder, row_length=config.row_length, validation_fraction=config.validation_fraction
+            good(),
+            encoder,
+            row_length=config.row_length,
+            validation_fraction=config.validation_fraction,
+            loss_on=config.loss_on,
+            overlong=config.overlong,
         )
     except DataError as error:
         if error.code == "E-DATA-EMPTY" and bad_rows:
@@ -105,6 +116,7 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
         "train": len(train),
         "validation": len(validation),
         "left_out": dict(left_out),
+        "shortened": dict(train.shortened + validation.shortened),
         "quarantined": dict(Counter(row.code for row in bad_rows)),
     }
     if num_read != len(train) + len(validation) + sum(left_out.values()) + len(bad_rows):
@@ -112,10 +124,12 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
     return ChatData(train, validation, ledger, bad_rows)
 
 
-def _rows(data: str) -> Iterator[Chat | BadRow]:
-    if data in EMBEDDED:
-        for number, row in enumerate(EMBEDDED[data]()):
-            yield as_chat(row, data, number)
+def _rows(config: FinetuneConfig) -> Iterator[Chat | BadRow]:
+    if config.data in EMBEDDED:
+        for number, row in enumerate(EMBEDDED[config.data]()):
+            yield as_chat(row, config.data, number)
         return
-    for file in find_sources(data).files:
-        yield from read_chats(file)
+    for file in find_sources(config.data).files:
+        yield from read_chats(
+            file, columns={str(role): name for role, name in config.columns.items()}, merges_roles=config.merge_roles
+        )

@@ -16,7 +16,17 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     """Fine-tuning on chats: every weight (`adapter: none`) or low-rank additions (`adapter: lora`)."""
 
     data: str
-    """A jsonl file of chats, or `embedded:docstrings`, `embedded:parameters`."""
+    """Chats: a jsonl, json or parquet file, a folder or glob of them, or `embedded:docstrings`, `embedded:parameters`.
+    Known forms of a row: messages, conversations (also ShareGPT's from/value), instruction/input/output,
+    prompt/completion, question/answer."""
+    columns: dict[Literal["system", "user", "assistant", "tools"], str] = Field({})
+    """Fields of rows in no known form, such as {user: query, assistant: reply}."""
+    merge_roles: bool = False
+    """Join turns of one role that follow each other; else such a chat is set aside."""
+    loss_on: Literal["all", "last"] = "all"
+    """Which assistant turns are learned; a turn whose `weight` is 0 in the data never is."""
+    overlong: Literal["drop_row", "drop_turns", "cut_tail"] = "drop_row"
+    """A chat longer than a row: left out, without its oldest turns, or without its tail. The ledger counts each."""
     init_from: str = "auto"
     """The model to begin with: a model directory; auto takes the run's stage before this one."""
     chat_template: Literal["model", "built-in"] = "model"

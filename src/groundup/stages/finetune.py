@@ -23,6 +23,7 @@ from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
+from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.models import load_with_tokenizer
 from groundup.stages.pretrain import check_positions, describe_run
@@ -65,8 +66,9 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
         f"{len(data.bad_rows):,} quarantined, {sum(data.ledger['left_out'].values()):,} left out; "
-        f"{100 * rows.padding_fraction:.1f} % padding"
+        f"{100 * rows.padding_fraction:.1f} % padding; rows in the form {', '.join(data.forms)}"
     )
+    show_samples(work.log, tokenizer, data.train)
     batch_rows = max(1, config.batch_size_tokens // config.row_length)
     eos_ids = read_eos_ids(base, tokenizer)
     job = TrainingJob(

@@ -52,6 +52,9 @@ class EncodedChat:
 
     ids: list[int]
     is_supervised: list[bool]
+    spans: list[int]
+    """Number of the assistant's span that each id stands in, from 0; -1 outside."""
+    num_spans: int
 
 
 class _GenerationTag(Extension):
@@ -154,15 +157,18 @@ class ChatEncoder:
     def _encode_marked(self, rendered: str) -> EncodedChat:
         ids: list[int] = []
         mask: list[bool] = []
-        is_supervised = False
+        spans: list[int] = []
+        is_supervised, num_spans = False, 0
         for part in re.split(f"([{_GENERATION_BEGIN}{_GENERATION_END}])", rendered):
             if part in (_GENERATION_BEGIN, _GENERATION_END):
                 is_supervised = part == _GENERATION_BEGIN
+                num_spans += is_supervised
                 continue
             part_ids = self._encode_rendered(part)
             ids += part_ids
             mask += [is_supervised and self._says_something(part)] * len(part_ids)
-        return EncodedChat(ids, mask)
+            spans += [num_spans - 1 if is_supervised else -1] * len(part_ids)
+        return EncodedChat(ids, mask, spans, num_spans)
 
     def _says_something(self, text: str) -> bool:
         """Whether more than control tokens is left: a model that learns an empty turn learns to say nothing."""

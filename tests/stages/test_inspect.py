@@ -1,0 +1,75 @@
+"""`groundup inspect`: what is shown is what the training reads."""
+
+import json
+
+import pytest
+
+from groundup.base.artifact import RunFolder
+from groundup.base.log import Log
+from groundup.data.chat_rows import PackedChats
+from groundup.model.loss import IGNORE_INDEX
+from groundup.stages import inspect
+from groundup.stages.chat_data import load_chats
+from groundup.stages.chat_samples import show_samples
+from groundup.stages.recipe import Recipe
+from groundup.stages.work import Work
+from groundup.tokenizer.bpe import TextTokenizer
+from groundup.tokenizer.chat import ChatEncoder
+
+
+@pytest.fixture
+def work(tmp_path, tokenizer_folder):
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in tokenizer_folder().iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    (base / "config.json").write_text("{}")
+    rows = [
+        {"messages": [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": f"say {n} \U0001f600" + " long" * n}]}
+        for n in range(24)
+    ]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    section = {
+        "data": str(tmp_path / "chats.jsonl"), "init_from": str(base), "duration": "1 epochs",
+        "row_length": 64, "batch_size_tokens": 64, "overlong": "cut_tail",
+    }  # fmt: skip
+    return Work(Recipe(name="look", sft=section), RunFolder(tmp_path / "run"), Log())
+
+
+def test_each_token_is_shown_as_what_it_is(work, capsys, monkeypatch):
+    marked = []
+    monkeypatch.setattr(inspect, "_show", lambda log, title, rows, html: marked.extend(rows))
+    inspect.inspect_masks(work, "sft", count=100, html=None)
+    config = work.recipe.sft
+    tokenizer = TextTokenizer(inspect.base_model(work, "sft"))
+    data = load_chats(config, ChatEncoder(tokenizer))
+    rows = PackedChats(data.train, row_length=64, seed=0)
+    assert len(marked) == rows.rows_per_epoch
+    num_learned = sum(int((rows.row(index)[1] != IGNORE_INDEX).sum()) for index in range(rows.rows_per_epoch))
+    assert num_learned > 100
+    for row in marked:
+        for piece in row.pieces:
+            if piece.kind == "supervised":
+                assert piece.text.startswith("say "), "only what the assistant says is learned"
+            if piece.kind == "border":
+                assert piece.text == "<|im_start|>"
+        assert sum(piece.kind == "end" for piece in row.pieces) + 1 >= sum(
+            piece.kind == "border" for piece in row.pieces
+        )
+    assert any("\U0001f600" in piece.text for row in marked for piece in row.pieces), "bytes that are one character"
+    assert any(piece.kind == "cut" for row in marked for piece in row.pieces)
+    assert any(piece.kind == "padding" for row in marked for piece in row.pieces)
+
+
+def test_a_page_is_written(work, tmp_path, capsys):
+    inspect.inspect_masks(work, "sft", count=2, html=tmp_path / "masks.html")
+    assert (tmp_path / "masks.html").read_text().count("<h2>") == 2
+    assert "masks.html" in capsys.readouterr().out
+
+
+def test_samples_are_shown_with_their_mask(work, capsys):
+    tokenizer = TextTokenizer(inspect.base_model(work, "sft"))
+    data = load_chats(work.recipe.sft, ChatEncoder(tokenizer))
+    show_samples(Log(), tokenizer, data.train)
+    shown = capsys.readouterr().out
+    assert shown.count("learned in «»") == 3 and "«say " in shown and "«ask" not in shown
