@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from power_loss import RecordingDisk
 from safetensors.torch import load_file
 
 from groundup.base.disk import Disk
@@ -119,7 +120,7 @@ def test_thirty_saves_in_a_row_leave_what_is_kept(kit):
 
 
 def test_a_failed_write_is_told_at_the_next_save_and_the_run_goes_on(kit, capsys):
-    disk = kit.RecordingDisk()
+    disk = RecordingDisk()
     store = kit.store(disk=disk, quiet=False)
     kit.save(1, store=store)
     disk.fail_at = len(disk.log) + 5
@@ -133,7 +134,7 @@ def test_a_failed_write_is_told_at_the_next_save_and_the_run_goes_on(kit, capsys
 
 
 def test_a_failed_write_is_an_error_at_the_end(kit):
-    disk = kit.RecordingDisk()
+    disk = RecordingDisk()
     store = kit.store(disk=disk)
     kit.save(1, store=store)
     disk.fail_at = len(disk.log) + 5

@@ -12,6 +12,7 @@ import struct
 
 import pytest
 import torch
+from power_loss import RecordingDisk
 from safetensors.torch import save
 
 from groundup.base.disk import Disk
@@ -293,7 +294,7 @@ def test_random_bytes_never_crash_the_reader():
 
 def refusal_violations(kit, *, error, for_good, refuses_removal=False):
     """Let every operation of a save fail in turn; (operations tried, saves after which something was not as it should)."""
-    disk = kit.RecordingDisk()
+    disk = RecordingDisk()
     kit.save(1, store=kit.store(disk=disk, keep_last=1))
     disk.log.clear()
     kit.save(2, store=kit.store(disk=disk, keep_last=1))
@@ -304,7 +305,7 @@ def refusal_violations(kit, *, error, for_good, refuses_removal=False):
     for number, name in enumerate(names):
         shutil.rmtree(kit.root)
         kit.save(1)
-        before, disk = kit.tree(), kit.RecordingDisk()
+        before, disk = kit.tree(), RecordingDisk()
         disk.fail_at, disk.error, disk.for_good, disk.refuses_removal = number, error, for_good, refuses_removal
         store = kit.store(disk=disk, keep_last=1)
         said = ""

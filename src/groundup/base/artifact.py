@@ -2,14 +2,15 @@
 
 A stage works in `.attempts/STAGE`; when it is done its files are hashed and synced, a manifest is written, and the
 folder is renamed to its place. A finished stage whose key (numerics of the config, hashes of the inputs, code
-version) stands is skipped; one whose key changed is moved to `.old/STAGE` until the new one is committed.
+version) stands is skipped; one whose key changed is moved to `.old/STAGE` until the new one is committed. Every name
+is on the disk before anything relies on it: at a power loss too, the old stage or the new one is there.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from groundup.base.config import flatten
+from groundup.base.disk import Disk
 from groundup.base.errors import ConfigError, DataError
 from groundup.base.failpoints import reach
-from groundup.base.files import read_json, sha256_of, sync_file, sync_folder, write_json
+from groundup.base.files import json_bytes, read_json, sha256_of, write_json
 
 MANIFEST = "MANIFEST.json"
 SUMMARY = "summary.json"
@@ -149,8 +151,8 @@ class RunFolder:
 
     SENTINEL = ".groundup-run"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, disk: Disk | None = None) -> None:
+        self.path, self.disk = path, disk or Disk()
         if path.exists() and not path.is_dir():
             raise ConfigError(
                 "E-OUT-FOREIGN", what="the run's folder is a file", where=path, next="choose another name"
@@ -164,9 +166,10 @@ class RunFolder:
                 where=path,
                 next="choose another name or remove the folder",
             )
-        path.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError), (path / self.SENTINEL).open("x") as file:
-            file.write(uuid.uuid4().hex)
+        self.disk.make_folders(path)
+        with suppress(FileExistsError):
+            self.disk.write_new(path / self.SENTINEL, uuid.uuid4().hex.encode())
+            self.disk.sync_folder(path)
 
     @property
     def run_id(self) -> str:
@@ -229,7 +232,7 @@ class RunFolder:
         old = self.path / ".old" / key.stage
         aside = read_manifest(old)
         if aside is not None and not differences(aside.key, key) and not target.exists() and not has_checkpoints:
-            old.rename(target)
+            self.disk.move(old, target)
             self._remove_old(key.stage)
         manifest = read_manifest(target)
         if manifest is not None and not policy.restart and not differences(manifest.key, key):
@@ -241,7 +244,7 @@ class RunFolder:
                         where=target,
                         next=_redo(target),
                     )
-            self._remove_attempt(attempt.folder)
+            self._clear(attempt.folder)
             return None
         if manifest is not None and resumable and not policy.restart and self._may_go_on(manifest, key, policy, target):
             return self._reopen(attempt, manifest)
@@ -250,17 +253,20 @@ class RunFolder:
                 before = StageKey(**read_json(attempt.folder / ATTEMPT))
                 if has_checkpoints or not differences(before, key):
                     changes = self._checked_changes(attempt, before, policy)
-                    write_json(attempt.folder / ATTEMPT, asdict(key))
+                    self._note_key(attempt)
                     return Attempt(key, attempt.folder, target, is_continued=True, changes=changes)
-            shutil.rmtree(attempt.folder)
+            self._remove(attempt.folder)
         if target.exists():
             if old.exists():
-                shutil.rmtree(old)
-            old.parent.mkdir(exist_ok=True)
-            target.rename(old)
-        attempt.folder.mkdir(parents=True)
-        write_json(attempt.folder / ATTEMPT, asdict(key))
+                self._remove(old)
+            self.disk.make_folders(old.parent)
+            self.disk.move(target, old)
+        self.disk.make_folders(attempt.folder)
+        self._note_key(attempt)
         return attempt
+
+    def _note_key(self, attempt: Attempt, folder: Path | None = None) -> None:
+        self.disk.put((folder or attempt.folder) / ATTEMPT, json_bytes(asdict(attempt.key)))
 
     def _may_go_on(self, manifest: Manifest, key: StageKey, policy: ChangePolicy, target: Path) -> bool:
         """Whether a finished stage's changes were all allowed, and it has checkpoints to go on from."""
@@ -271,13 +277,13 @@ class RunFolder:
 
     def _reopen(self, attempt: Attempt, manifest: Manifest) -> Attempt:
         """A finished stage goes on from its last checkpoint, such as with a longer duration."""
-        self._remove_attempt(attempt.folder)
-        attempt.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._clear(attempt.folder)
+        self.disk.make_folders(attempt.folder.parent)
         # in this order: cut anywhere, it is a finished stage or one that goes on
-        write_json(attempt.target / ATTEMPT, asdict(attempt.key))
-        attempt.target.rename(attempt.folder)
-        (attempt.folder / MANIFEST).unlink()
-        sync_folder(attempt.folder)
+        self._note_key(attempt, attempt.target)
+        self.disk.move(attempt.target, attempt.folder)
+        self.disk.remove_file(attempt.folder / MANIFEST)
+        self.disk.sync_folder(attempt.folder)
         changes = differences(manifest.key, attempt.key)
         return Attempt(attempt.key, attempt.folder, attempt.target, is_continued=True, changes=changes)
 
@@ -304,18 +310,18 @@ class RunFolder:
             if path.is_dir():
                 folders.add(path)
             elif path.name.startswith(".") and path.suffix == ".tmp":  # what a killed `atomic_write` left
-                path.unlink()
+                self.disk.remove_file(path)
             else:
-                sync_file(path)
+                self.disk.sync_file(path)
                 if name not in OUTSIDE_MANIFEST and not name.startswith(f"{CHECKPOINTS}/"):
                     files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in folders:
-            sync_folder(path)
+            self.disk.sync_folder(path)
         key = attempt.key
         manifest = Manifest(key.stage, key.code_version, dict(key.config), dict(key.inputs), files)
         record = asdict(manifest) | {"files": files}
         reach("artifact.before_manifest")
-        write_json(attempt.folder / MANIFEST, record)
+        self.disk.put(attempt.folder / MANIFEST, json_bytes(record))
         reach("artifact.before_rename")
         self._put_in_place(attempt.folder, attempt.target)
         reach("artifact.after_rename")
@@ -324,27 +330,35 @@ class RunFolder:
 
     def _put_in_place(self, folder: Path, target: Path) -> None:
         if target.exists():  # only what `begin` of this process left there, or a half-done rename of an older one
-            shutil.rmtree(target)
-        (folder / ATTEMPT).unlink(missing_ok=True)
-        folder.rename(target)
-        sync_folder(target.parent)
-        self._remove_attempt(folder)
+            self._remove(target)
+        if (folder / ATTEMPT).exists():
+            self.disk.remove_file(folder / ATTEMPT)
+        self.disk.move(folder, target)
+        self._clear(folder)
 
-    def _remove_attempt(self, folder: Path) -> None:
+    def _remove(self, folder: Path) -> None:
+        """Remove a stage's folder; cut in two, what is left counts neither as finished nor as one to go on with."""
+        marks = [folder / name for name in (MANIFEST, ATTEMPT) if (folder / name).exists()]
+        for path in marks:
+            self.disk.remove_file(path)
+        if marks:
+            self.disk.sync_folder(folder)
+        self.disk.remove_tree(folder)
+
+    def _clear(self, folder: Path) -> None:
+        """Remove a stage's folder, and the one around it where it was the last."""
         if folder.exists():
-            shutil.rmtree(folder)
+            self._remove(folder)
         if folder.parent.exists() and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+            self.disk.remove_folder(folder.parent)
 
     def _remove_old(self, stage: str) -> None:
-        old = self.path / ".old" / stage
-        if old.exists():
-            shutil.rmtree(old)
-        if old.parent.exists() and not any(old.parent.iterdir()):
-            old.parent.rmdir()
+        self._clear(self.path / ".old" / stage)
 
     def _recover(self) -> None:
-        """Finish a commit that was cut between its manifest and its rename, and drop what a commit replaced."""
+        """Mend what was cut: the run's id, a commit between its manifest and its rename, what a commit replaced."""
+        if not re.fullmatch("[0-9a-f]{32}", self.run_id):  # a power loss while the folder was made: it held nothing
+            self.disk.put(self.path / self.SENTINEL, uuid.uuid4().hex.encode())
         for folder in sorted((self.path / ".attempts").glob("*")):
             manifest = read_manifest(folder)
             target = self._place_of(folder.name)

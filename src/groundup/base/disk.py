@@ -3,9 +3,10 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from groundup.base.files import sync_folder
+from groundup.base.files import sync_file, sync_folder
 
 CHUNK_BYTES = 1 << 20
 """Bytes hashed and written, or read and hashed, at a time: they stay in the processor's cache between the two."""
@@ -20,6 +21,10 @@ class Disk:
     def create(self, path: Path) -> int:
         """A descriptor of a new file; one that is there already is an error."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def append_to(self, path: Path) -> int:
+        """A descriptor at the end of a file, which is made where it is missing."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def write(self, descriptor: int, data: memoryview) -> None:
         """Append all bytes of `data`."""
@@ -36,6 +41,14 @@ class Disk:
         """Make names that were made, renamed or removed in a folder survive a power loss."""
         sync_folder(path)
 
+    def sync_file(self, path: Path) -> None:
+        """As `sync`, of a file that somebody else wrote."""
+        sync_file(path)
+
+    def cut(self, descriptor: int, num_bytes: int) -> None:
+        """Drop everything after the first `num_bytes` bytes."""
+        os.ftruncate(descriptor, num_bytes)
+
     def rename(self, old: Path, new: Path) -> None:
         old.replace(new)
 
@@ -45,6 +58,51 @@ class Disk:
     def remove_folder(self, path: Path) -> None:
         """Remove an empty folder."""
         path.rmdir()
+
+    def make_folders(self, path: Path) -> None:
+        """Make a folder and those above it that are missing; on return their names survive a power loss."""
+        if not path.is_dir():
+            self.make_folders(path.parent)
+            with suppress(FileExistsError):  # another rank was faster
+                self.make_folder(path)
+            self.sync_folder(path.parent)
+
+    def put(self, path: Path, data: bytes) -> None:
+        """A file, old or new, that is either as it was or holds all of `data`; on return it survives a power loss."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        if temporary.exists():  # what a killed process left
+            self.remove_file(temporary)
+        try:
+            self.write_new(temporary, data)
+            self.move(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def write_new(self, path: Path, data: bytes) -> None:
+        """A new file, synced; its name is not."""
+        descriptor = self.create(path)
+        try:
+            self.write(descriptor, memoryview(data))
+            self.sync(descriptor)
+        finally:
+            self.close(descriptor)
+
+    def move(self, old: Path, new: Path) -> None:
+        """Rename; on return that survives a power loss."""
+        self.rename(old, new)
+        self.sync_folder(new.parent)
+        if old.parent != new.parent:
+            self.sync_folder(old.parent)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder and all that is in it; links are removed, never followed."""
+        for entry in sorted(path.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                self.remove_tree(entry)
+            else:
+                self.remove_file(entry)
+        self.remove_folder(path)
 
     def forget(self, path: Path) -> None:
         """Drop the system's cached copy of a synced file, so that the next read asks the disk itself."""
