@@ -438,6 +438,29 @@ def verify_resume(
     proof.verify_resume(loaded, runs_dir, Log(), num_kills=kills, seed=seed)
 
 
+doctor_app = App(name="doctor", help="Proofs on this machine.")
+app.command(doctor_app)
+
+
+@doctor_app.command(name="numerics")
+def doctor_numerics(recipe: str = "quickstart", *settings: Overrides, json: Path | None = None) -> None:
+    """Prove on a recipe's model shape that what should change only the cost changes nothing; exit 5 if it does.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    json
+        Write the results to this file too.
+    """
+    from groundup.stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings))
+    from groundup.proof.numerics.table import doctor_numerics as proofs
+
+    proofs(loaded, Log(), json_file=json)
+
+
 @app.command(name="trial-server", show=False)
 def trial_server(*imports: str) -> None:
     """What proofs start: runs the commands that it reads, each in a process of its own."""

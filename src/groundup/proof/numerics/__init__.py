@@ -1,0 +1,1 @@
+"""Proofs on the user's own model shape: what should change nothing but the cost changes nothing."""

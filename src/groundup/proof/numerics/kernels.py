@@ -1,0 +1,67 @@
+"""Proofs about how a product is computed: attention makers, compiled blocks, loss in chunks, bf16."""
+
+import torch
+from torch.nn import functional as F
+
+from groundup.base.machine import has_compiler
+from groundup.model.attention import CHUNK, AttentionMaker
+from groundup.model.loss import CHUNK_ELEMENTS, linear_cross_entropy
+from groundup.proof.numerics.figures import Figure, Outcome, Skip, distance, outcome_of, step_outcome
+from groundup.proof.numerics.subject import Subject
+
+FP32 = 1e-5
+BF16_ROUNDOFF = 2.0**-8
+ROUNDINGS_PER_BLOCK = 30
+"""Results in bf16 that a value passes through in a block, there and back."""
+
+
+def attention_equals_dense(subject: Subject, maker: AttentionMaker) -> Figure:
+    """A maker gives the losses and gradients of the product with all scores, inside the walls of a row."""
+    model, batch = subject.model(), subject.rows(2, CHUNK * 5 // 4)
+    results = []
+    for name in (maker, "dense"):
+        model.use_attention(name)
+        results.append(outcome_of(model, batch))
+    return Figure(results[0].distance_to(results[1]), FP32)
+
+
+def compiled_equals_eager(subject: Subject) -> Figure:
+    """Compiled blocks give the losses and gradients of uncompiled ones."""
+    if subject.device == "cpu" and not has_compiler():
+        raise Skip("no C++ compiler")
+    model, batch = subject.model(), subject.rows(2)
+    eager = outcome_of(model, batch)
+    for block in model.model.layers:
+        block.compile()
+    return Figure(outcome_of(model, batch).distance_to(eager), FP32)
+
+
+def chunked_loss_equals_full(subject: Subject) -> Figure:
+    """The loss in chunks of rows, and its gradients, are those of the cross-entropy of full logits."""
+    weight_VD = subject.model().lm_head.weight.detach().requires_grad_()
+    num_rows = 5 * CHUNK_ELEMENTS // (2 * len(weight_VD))  # two chunks and a half
+    generator = torch.Generator().manual_seed(0)
+    h_ND = torch.randn(num_rows, weight_VD.shape[1], generator=generator).to(subject.device).requires_grad_()
+    labels_N = torch.randint(0, len(weight_VD), (num_rows,), generator=generator).to(subject.device)
+    losses = [
+        linear_cross_entropy(h_ND[None], weight_VD, labels_N[None]).loss_sum,
+        F.cross_entropy(h_ND @ weight_VD.t(), labels_N, reduction="sum"),
+    ]
+    chunked, full = (Outcome(loss, torch.autograd.grad(loss, [h_ND, weight_VD])) for loss in losses)
+    return Figure(chunked.distance_to(full), FP32)
+
+
+def bf16_is_near_fp32(subject: Subject) -> Figure:
+    """The gradient of the bf16 policy, all weights together, lies as near to that of fp32 as its roundings explain.
+
+    A rounding moves a value by at most 2^-8 of itself. Roundings are independent, so n of them in a row move it by
+    about sqrt(n) as much. One weight of few elements may lie further off.
+    """
+    gradients = [
+        torch.cat(
+            [gradient.flatten() for gradient in step_outcome(subject.engine(dtype=dtype), subject.rows()).gradients]
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    roundings = ROUNDINGS_PER_BLOCK * subject.config.num_hidden_layers
+    return Figure(distance(gradients[:1], gradients[1:]), BF16_ROUNDOFF * roundings**0.5)

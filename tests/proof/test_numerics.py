@@ -1,0 +1,296 @@
+"""`groundup doctor numerics`: every proof passes on sound code and has been seen to fail on a planted fault."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from groundup.base.errors import CheckpointError
+from groundup.checkpoint import huggingface
+from groundup.checkpoint.attempt import Checkpoint
+from groundup.cli import main
+from groundup.model import attention
+from groundup.model.attention import MAKERS
+from groundup.model.block import Block
+from groundup.model.cache import KVCache
+from groundup.model.loss import IGNORE_INDEX
+from groundup.model.segments import Segments
+from groundup.proof.numerics import kernels, table
+from groundup.proof.numerics.figures import Figure, distance
+from groundup.proof.numerics.subject import MAX_BLOCK_PARAMETERS, documents_of, subject_of
+from groundup.proof.numerics.table import PROOFS
+from groundup.stages.recipe import load_recipe
+from groundup.train.engine import TorchEngine
+from groundup.train.lanes import Lanes
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
+
+
+@pytest.fixture
+def prove(tmp_path, monkeypatch, capsys):
+    """Runs the command with some of its proofs; returns the exit code and what was printed."""
+
+    def run(*claims, model=SHAPE, options=()):
+        monkeypatch.setattr(table, "PROOFS", {claim: PROOFS[claim] for claim in claims})
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": model}))
+        try:
+            main(["doctor", "numerics", str(tmp_path / "r.yaml"), *options])
+        except SystemExit as stop:
+            return stop.code, "".join(capsys.readouterr())
+        return 0, capsys.readouterr().out
+
+    return run
+
+
+def divisor_of_each_micro_batch(monkeypatch):
+    honest = TorchEngine._accumulate
+    monkeypatch.setattr(
+        TorchEngine,
+        "_accumulate",
+        lambda self, part, divisor, seed: honest(self, part, max(1, part.num_loss_tokens), seed),
+    )
+
+
+def divisor_of_each_lane(monkeypatch):
+    honest = TorchEngine._gradients_apart
+    monkeypatch.setattr(
+        TorchEngine,
+        "_gradients_apart",
+        lambda self, part, divisor, seed: honest(self, part, max(1, part.num_loss_tokens), seed),
+    )
+
+
+def sums_in_the_order_of_arrival(monkeypatch):
+    honest, order = Lanes.map, iter([1, -1])
+    monkeypatch.setattr(Lanes, "map", lambda *arguments: list(honest(*arguments))[:: next(order)])
+
+
+def no_walls(monkeypatch):
+    monkeypatch.setattr(
+        Segments,
+        "mask_BTT",
+        lambda self: torch.ones_like(self.starts_BT[..., None] + self.starts_BT[:, None], dtype=torch.bool).tril(),
+    )
+
+
+def walls_one_token_late(monkeypatch):
+    honest = Segments.mask_BTT
+    monkeypatch.setattr(Segments, "mask_BTT", lambda self: honest(Segments((self.starts_BT - 1).clamp(min=0))))
+
+
+def scale_of(maker):
+    def plant(monkeypatch):
+        honest = MAKERS[maker]
+        monkeypatch.setitem(attention.MAKERS, maker, lambda q_BHTK, *rest: honest(1.001 * q_BHTK, *rest))
+
+    return plant
+
+
+def scale_in_bf16(monkeypatch):
+    honest = MAKERS["sdpa"]
+    monkeypatch.setitem(
+        attention.MAKERS,
+        "sdpa",
+        lambda q_BHTK, *rest: honest((1.2 if q_BHTK.dtype == torch.bfloat16 else 1.0) * q_BHTK, *rest),
+    )
+
+
+def compiler_that_rounds(monkeypatch):
+    def compile_block(self):
+        self._compiled_call_impl = lambda *inputs: 1.0001 * self.forward(*inputs)
+
+    monkeypatch.setattr(Block, "compile", compile_block)
+
+
+def chunk_without_its_last_row(monkeypatch):
+    honest = kernels.linear_cross_entropy
+
+    def drop(h_BTD, weight_VD, labels_BT):
+        labels_BT = labels_BT.clone()
+        labels_BT[:, kernels.CHUNK_ELEMENTS // len(weight_VD) - 1] = IGNORE_INDEX
+        return honest(h_BTD, weight_VD, labels_BT)
+
+    monkeypatch.setattr(kernels, "linear_cross_entropy", drop)
+
+
+def cache_off_by_one(monkeypatch):
+    honest = KVCache.advance
+
+    def advance(self, *arguments):
+        found = honest(self, *arguments)
+        self.lengths_B = self.lengths_B - 1
+        return found
+
+    monkeypatch.setattr(KVCache, "advance", advance)
+
+
+def exported(**changes):
+    def plant(monkeypatch):
+        honest = huggingface.config_json
+        monkeypatch.setattr(huggingface, "config_json", lambda *a, **k: honest(*a, **k) | changes)
+
+    return plant
+
+
+def rope_one_pair_on(monkeypatch):
+    honest = attention.rotate
+    monkeypatch.setattr(attention, "rotate", lambda x, cos, sin: honest(x, cos.roll(1, -1), sin.roll(1, -1)))
+
+
+def stored_bit(file):
+    def plant(monkeypatch):
+        honest = Checkpoint.tensors
+
+        def tensors(self, name):
+            found = honest(self, name)
+            if name == file:
+                first = next(tensor for tensor in found.values() if tensor.dim() == 2)
+                first.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+            return found
+
+        monkeypatch.setattr(Checkpoint, "tensors", tensors)
+
+    return plant
+
+
+def exported_bit(monkeypatch):
+    honest = huggingface.load_file
+
+    def load(path):
+        found = honest(path)
+        found["model.norm.weight"].view(torch.int32)[3] ^= 1
+        return found
+
+    monkeypatch.setattr(huggingface, "load_file", load)
+
+
+FAULTS = [
+    ("1×8 rows = 2×4 = 8×1", divisor_of_each_micro_batch),
+    ("two lanes = one lane", divisor_of_each_lane),
+    ("two lanes = two lanes again", sums_in_the_order_of_arrival),
+    ("packed = unpacked", no_walls),
+    ("documents do not see each other", walls_one_token_late),
+    *((f"attention {maker} = dense", scale_of(maker)) for maker in MAKERS if maker != "dense"),
+    ("compiled = eager", compiler_that_rounds),
+    ("chunked loss = full", chunk_without_its_last_row),
+    ("bf16 near fp32", scale_in_bf16),
+    ("cached generation = uncached", cache_off_by_one),
+    ("ours = transformers", scale_of("sdpa")),
+    ("ours = transformers", rope_one_pair_on),
+    ("ours = transformers", exported(rms_norm_eps=1e-5)),
+    ("ours = transformers", exported(rope_parameters={"rope_type": "default", "rope_theta": 9_000.0})),
+    ("saved and loaded = live", stored_bit("model")),
+    ("saved and loaded = live", stored_bit("optimizer")),
+    ("saved and loaded = live", exported_bit),
+]
+
+
+@pytest.mark.parametrize(("claim", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_planted_fault_fails(prove, monkeypatch, claim, fault):
+    if fault is compiler_that_rounds:
+        monkeypatch.setattr(kernels, "has_compiler", lambda: True)
+    fault(monkeypatch)
+    code, said = prove(claim)
+    assert code == 5 and "ERROR E-PROOF" in said, said
+    line = next(line for line in said.splitlines() if line.startswith(f"  {claim}"))
+    assert line.endswith("FAIL") and "≤" in line, "a figure says so, not an error"
+
+
+def test_every_proof_has_its_fault():
+    assert {claim for claim, _ in FAULTS} == PROOFS.keys()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_sound_code_passes(prove, tmp_path, model_type):
+    proved = [claim for claim in PROOFS if claim != "compiled = eager"]
+    code, said = prove(
+        *proved, model=SHAPE | {"model_type": model_type}, options=["--json", str(tmp_path / "out.json")]
+    )
+    assert code == 0 and f"{len(proved)} PASS" in said, said
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [result["claim"] for result in results] == proved
+    assert all(result["figure"]["value"] <= result["figure"]["tolerance"] for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_compiled_blocks_pass(prove, model_type):
+    code, said = prove("compiled = eager", model=SHAPE | {"model_type": model_type})
+    assert (code == 0 and "1 PASS" in said) or "no C++ compiler" in said, said
+
+
+@pytest.mark.slow
+def test_the_whole_table_passes_on_the_quickstart_s_recipe(capsys):
+    main(["doctor", "numerics"])
+    assert " FAIL" not in capsys.readouterr().out
+
+
+def test_a_machine_without_a_compiler_skips(prove, monkeypatch):
+    monkeypatch.setattr(kernels, "has_compiler", lambda: False)
+    code, said = prove("compiled = eager")
+    assert code == 0 and "SKIP (no C++ compiler)" in said and "1 SKIP" in said
+
+
+def test_a_proof_that_breaks_off_has_failed_and_the_others_are_made(prove, monkeypatch):
+    def refuse(self, name):
+        raise CheckpointError("E-CKPT-CORRUPT", what="bytes changed")
+
+    monkeypatch.setattr(Checkpoint, "tensors", refuse)
+    code, said = prove("saved and loaded = live", "packed = unpacked")
+    assert code == 5 and "FAIL (CheckpointError: E-CKPT-CORRUPT: bytes changed)" in said
+    assert "1 PASS  1 FAIL" in said
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_nan_is_no_equality(spoilt):
+    pair = [torch.ones(2), torch.ones(2)]
+    pair[spoilt] = torch.tensor([1.0, math.nan])
+    assert not Figure(distance([pair[0], torch.ones(2)], [pair[1], torch.ones(2)]), 1e9).holds
+
+
+def test_a_large_model_is_made_small_in_its_own_proportions(tmp_path):
+    large = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": large}))
+    subject, said = subject_of(load_recipe(str(tmp_path / "r.yaml")))
+    small = subject.config
+    assert (small.hidden_size, small.num_attention_heads, small.num_key_value_heads) == (512, 4, 1)
+    assert small.head_size == 128 and small.num_hidden_layers == 2
+    model = subject.model()
+    assert sum(p.numel() for p in model.model.layers.parameters()) <= 2 * MAX_BLOCK_PARAMETERS
+    assert "hidden_size 4,096 → 512" in said and "vocab_size 128,256 → 4,096" in said
+
+
+def test_a_recipe_without_a_model_is_refused(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("seed: 1\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "numerics", str(tmp_path / "r.yaml")])
+    assert stop.value.code == 2 and "the recipe has no model" in capsys.readouterr().err
+
+
+def test_rows_are_ragged(prove, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": SHAPE}))
+    batch = subject_of(load_recipe(str(tmp_path / "r.yaml")))[0].rows()
+    counts = (batch.labels_BT != IGNORE_INDEX).sum(dim=1).tolist()
+    assert counts[2] == 0 and len(set(counts)) > 5 and sum(counts) == batch.num_loss_tokens
+    places = documents_of(batch)
+    assert sum(place.stop - place.start for _, place in places) == batch.tokens_BT.numel() and len(places) > 16
+    for row, place in places:
+        assert batch.labels_BT[row, place.stop - 1] == IGNORE_INDEX, "the last token predicts nothing"
