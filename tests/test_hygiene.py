@@ -9,7 +9,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 MAX_LINES = 500
-EXPLAINED: dict[str, str] = {}
+EXPLAINED = {
+    "src/groundup/cli.py": "a list of commands, a few lines each; one is looked up, never read with the others"
+}
 """Files over the limit, with the reason why they are not split."""
 
 BANNED_KEYWORDS = {
