@@ -438,8 +438,16 @@ def verify_resume(
     proof.verify_resume(loaded, runs_dir, Log(), num_kills=kills, seed=seed)
 
 
-doctor_app = App(name="doctor", help="Proofs on this machine.")
+doctor_app = App(name="doctor", help="What this machine is, and proofs on it.")
 app.command(doctor_app)
+
+
+@doctor_app.default
+def doctor() -> None:
+    """What this machine is, what groundup makes of it, and which extras are installed."""
+    from groundup.proof.machine_check import check_machine
+
+    check_machine(Log())
 
 
 @doctor_app.command(name="numerics")

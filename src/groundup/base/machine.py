@@ -36,9 +36,25 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping, in bytes; all of it where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return memory_bytes()
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler, which torch.compile needs on a CPU; None where there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def has_compiler() -> bool:
-    """Whether a C++ compiler is at hand, which torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in ([os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]))
+    """Whether a C++ compiler is at hand."""
+    return compiler() is not None
 
 
 def peak_memory_bytes() -> int:
