@@ -1,5 +1,8 @@
 """What is printed where no terminal is."""
 
+import subprocess
+import sys
+
 import pytest
 
 from groundup.base import log
@@ -42,3 +45,25 @@ def test_progress_on_a_terminal_is_one_live_line(monkeypatch, capsys):
     with logger.progress() as progress:
         progress.update("[bold]not markup[/bold]")
     capsys.readouterr()
+
+
+def test_a_reader_who_left_does_not_end_the_work(tmp_path):
+    """`| head -1`: the work goes on, and the process ends without a word about its pipe."""
+    code = """
+import sys
+from pathlib import Path
+from groundup.base.log import Log
+log = Log()
+for number in range(2000):
+    log.say(f"line {number} " + "x" * 100)
+    log.warn("W-X", "also to nobody")
+Path(sys.argv[1]).touch()
+"""
+    done = tmp_path / "done"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(done)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("line 0")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 0 and done.exists()

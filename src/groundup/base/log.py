@@ -1,10 +1,11 @@
 """What a person sees while groundup works: one line a stage, a live progress line, plain lines where no terminal is."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, suppress
+from typing import Protocol, TextIO
 
 PLAIN_INTERVAL_SECONDS = 5.0
 
@@ -16,7 +17,10 @@ class Progress(Protocol):
 
 
 class Log:
-    """Writes lines to standard output, warnings to standard error; the live line needs a terminal."""
+    """Writes lines to standard output, warnings to standard error; the live line needs a terminal.
+
+    Where nobody listens any more (`| head`, a terminal that is gone) it falls silent: the work matters more.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -25,12 +29,12 @@ class Log:
     def say(self, text: str = "") -> None:
         """One line for the user."""
         if not self.quiet:
-            print(text, flush=True)
+            _write(sys.stdout, text)
 
     def warn(self, code: str, text: str) -> None:
         """One warning line."""
         if not self.quiet:
-            print(f"WARNING {code}: {text}", file=sys.stderr, flush=True)
+            _write(sys.stderr, f"WARNING {code}: {text}")
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -44,6 +48,16 @@ class Log:
                 yield _LiveLine(lambda text: live.update(Text(text, overflow="ellipsis", no_wrap=True)))
         else:
             yield _PlainLines(self)
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        assert stream is not None
+        # what is still held would be written again at the process's end, and fail again
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _LiveLine:
