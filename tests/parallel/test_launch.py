@@ -43,8 +43,9 @@ def run(tmp_path, monkeypatch, capfd):
     """Launches a script on ranks; returns exit code, standard error and the seconds it took."""
     monkeypatch.setattr(launching, "BACKOFF_SECONDS", 0.05)
 
-    def run(body, *, data=2, max_restarts=0, arguments=()):
-        command = [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(body), str(tmp_path), *arguments]
+    def run(body, *, data=2, max_restarts=0, arguments=(), has_begun=True):
+        prelude = PRELUDE if has_begun else PRELUDE.replace("reports.reached(4)", "reports.met()")
+        command = [sys.executable, "-P", "-c", prelude + textwrap.dedent(body), str(tmp_path), *arguments]
         config = ParallelConfig(data=data, max_restarts=max_restarts)
         began = time.monotonic()
         code = launch(command, config, Log())
@@ -118,6 +119,24 @@ def test_lost_ranks_begin_again_without_restart_and_only_so_often(run, tmp_path)
     body = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)" + WAIT
     code, err, _ = run(body, max_restarts=2)
     assert code == 6 and err.count("W-RESTART") == 2 and err.splitlines()[-1].startswith("ERROR E-RANK-LOST: rank 1")
+    assert_nobody_left(tmp_path)
+
+
+def test_restart_is_asked_again_of_ranks_that_had_not_begun(run, tmp_path):
+    """Else a first start that fails would leave what an earlier run made, and go on from it."""
+    early = "if begun == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.5 * (begun == 0))"
+    code, _, _ = run(early, max_restarts=3, arguments=("--restart",), has_begun=False)
+    assert code == 0 and [(tmp_path / f"1-{pid}").read_text() for pid in pids(tmp_path, 1)] == ["--restart"] * 2
+
+
+def test_a_rank_that_hangs_after_a_signal_was_stopped_by_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "SILENT_SECONDS", 1.0)
+    body = """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if rank == 0 else os.kill(os.getpid(), signal.SIGSTOP))
+    if rank == 0: time.sleep(0.5); os.kill(os.getppid(), signal.SIGTERM)
+    """
+    code, err, _ = run(textwrap.dedent(body) + WAIT)
+    assert code == 75, err
     assert_nobody_left(tmp_path)
 
 

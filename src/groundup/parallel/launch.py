@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -44,6 +44,8 @@ class _Rank:
     """What the rank writes to standard error; rank 0's is the launcher's own."""
     heard_at: float
     step: int | None = None
+    has_begun: bool = False
+    """Whether it trains: what an earlier run left was put away, as far as `--restart` asked for that."""
     words: str = ""
     has_lost_peer: bool = False
     ticks: int = -1
@@ -69,6 +71,8 @@ class _End:
     code: int
     words: str = ""
     can_restart: bool = False
+    has_begun: bool = False
+    """Whether a rank had begun to train."""
     grace_seconds: float = 0.0
 
 
@@ -98,7 +102,7 @@ class _StopSignals:
 def launch(command: Sequence[str], config: ParallelConfig, log: Log) -> int:
     """Run `command` on `config.data` ranks to its end; returns the exit code. Only the cause of a failure is shown.
 
-    `--restart` is left out when ranks are started again: what they began goes on.
+    `--restart` is left out when ranks that had begun are started again: what they began goes on.
     """
     restarts = 0
     with stop_request() as request, request.handed_over(), _StopSignals() as stop:
@@ -115,7 +119,8 @@ def launch(command: Sequence[str], config: ParallelConfig, log: Log) -> int:
                 f"{end.words.removeprefix('ERROR ')} — begins again from the last checkpoint in {wait_seconds:g} s "
                 f"({restarts} of {config.max_restarts})",
             )
-            command = [argument for argument in command if argument != "--restart"]
+            if end.has_begun:
+                command = [argument for argument in command if argument != "--restart"]
             until = time.monotonic() + wait_seconds
             while time.monotonic() < until and not stop.received:
                 time.sleep(POLL_SECONDS)
@@ -146,7 +151,8 @@ def _run_ranks(command: Sequence[str], num_ranks: int, stop: _StopSignals) -> _E
                 deadline = now + end.grace_seconds if end is not None else deadline
         for rank in ranks:
             _listen(rank)
-        return end or _why_over(ranks, stop, is_final=True) or _End(0)
+        end = end or _why_over(ranks, stop, is_final=True) or _End(0)
+        return replace(end, has_begun=any(rank.has_begun for rank in ranks))
 
 
 def _start(command: Sequence[str], num_ranks: int, stack: contextlib.ExitStack) -> list[_Rank]:
@@ -212,6 +218,7 @@ def _listen(rank: _Rank) -> None:
         message: dict[str, Any] = json.loads(line)
         rank.heard_at = time.monotonic()
         rank.step = message.get("step", rank.step)
+        rank.has_begun = message.get("has_begun", rank.has_begun)
         rank.words = message.get("words", rank.words)
         rank.has_lost_peer = message.get("has_lost_peer", rank.has_lost_peer)
 
@@ -233,6 +240,8 @@ def _why_over(ranks: Sequence[_Rank], stop: _StopSignals, *, is_final: bool = Fa
                 return _stopped(signal.Signals(stop.received[0]).name)
             return _lost(rank, f"signal {-code}")
         if code is None and _is_silent(rank):
+            if stop.received:
+                return _stopped(f"{signal.Signals(stop.received[0]).name}; {rank.name} gave no sign of life")
             return _lost(rank, f"no sign of life for {time.monotonic() - rank.heard_at:.0f} s", code="E-RANK-HUNG")
     for rank in ranks:
         code = rank.process.returncode

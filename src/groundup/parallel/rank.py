@@ -27,10 +27,15 @@ class Reports:
         os.set_blocking(descriptor, False)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
+    def met(self) -> None:
+        """Tell that this rank has met the others: from now on silence is suspicious."""
+        self._step = 0
+        self._send({"step": 0})
+
     def reached(self, step: int) -> None:
-        """Tell that so many steps are done; from the first call on silence is suspicious."""
+        """Tell that training has begun, and that so many steps are done."""
         self._step = step
-        self._send({"step": step})
+        self._send({"step": step, "has_begun": True})
 
     def last_words(self, text: str, *, has_lost_peer: bool) -> None:
         """What this rank ends with; the launcher shows the words of the first one only."""

@@ -71,7 +71,8 @@ class World:
         if self.size > 1:
             with _peers():
                 self._meet()
-            self.report(0)
+            if self._reports is not None:
+                self._reports.met()
         yield
         if self.size > 1:
             import torch.distributed as dist
