@@ -1,8 +1,8 @@
 """Named failpoints: faults that a test injects by an environment variable; without it, nothing happens.
 
 `GROUNDUP_FAILPOINT=NAME:ACTION:NTH` makes the NTH passage (from 1) through `reach("NAME")` fail, ACTION being
-kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full), stall (sleep for an hour), or nan
-(the caller is told to spoil its numbers). `GROUNDUP_FAILPOINT=NAME:ACTION:NTH:RANK` does so in the process of that
+kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full), stall (sleep for an hour), slow
+(half a second, at this and every later passage), or nan (the caller is told to spoil its numbers). `GROUNDUP_FAILPOINT=NAME:ACTION:NTH:RANK` does so in the process of that
 rank alone.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 
 VARIABLE = "GROUNDUP_FAILPOINT"
+SLOW_SECONDS = 0.5
 _passages: Counter[str] = Counter()
 
 
@@ -25,6 +26,9 @@ def reach(name: str) -> bool:
     if wanted_name != name or (ranks and os.environ.get("RANK", "0") not in ranks):
         return False
     _passages[name] += 1
+    if action == "slow" and _passages[name] >= int(nth):
+        time.sleep(SLOW_SECONDS)
+        return False
     if _passages[name] != int(nth):
         return False
     if action == "kill":
