@@ -46,7 +46,7 @@ def test_the_outer_request_is_the_process_s():
         assert another is not outer
 
 
-def run_deaf(work, *, grace=0.3, send=(signal.SIGTERM,)):
+def run_deaf(work, *, grace=0.3, save=60.0, send=(signal.SIGTERM,)):
     """A process whose main thread sits in one long call; (exit code, stderr, seconds from the signal to the end)."""
     code = f"""
     import ctypes, os, signal, sys, time
@@ -55,7 +55,7 @@ def run_deaf(work, *, grace=0.3, send=(signal.SIGTERM,)):
         print("sits", flush=True)
         while True:
             ctypes.CDLL(None).poll(None, 0, 60000)  # no bytecode until it returns, and then at once again
-    with StopRequest(grace_seconds={grace}) as stop:
+    with StopRequest(grace_seconds={grace}, save_seconds={save}) as stop:
         {work}
     """
     process = subprocess.Popen(
@@ -82,6 +82,25 @@ def test_what_does_not_end_in_time_is_saved_and_ended():
 def test_a_rescue_that_fails_does_not_keep_the_process():
     code, errors, _ = run_deaf("with stop.polled(lambda: 1 / 0): sit()")
     assert code == 75 and "the last save stands, another was not possible (division by zero)" in errors
+
+
+def test_a_save_that_takes_longer_is_waited_for():
+    rescue = "lambda: time.sleep(1.5) or 'everything is saved'"
+    code, errors, seconds = run_deaf(f"with stop.polled({rescue}): sit()", grace=0.2, save=20)
+    assert code == 75 and "everything is saved" in errors and 1.5 < seconds < 10
+
+
+def test_a_save_that_never_ends_is_left():
+    code, errors, seconds = run_deaf("with stop.polled(lambda: time.sleep(60)): sit()", grace=0.2, save=0.5)
+    assert code == 75 and "took more than 0.5 s; the last one stands" in errors and 0.6 < seconds < 10
+
+
+def test_a_rescue_that_waits_for_others_ends_with_the_work():
+    with StopRequest(grace_seconds=0.05, save_seconds=30) as stop, stop.polled(lambda: stop.wait_until_over() or ""):
+        began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # the rescue waits by now, for a barrier to be passed
+    assert time.monotonic() - began < 5
 
 
 def test_a_second_interrupt_ends_a_deaf_process_without_a_rescue():

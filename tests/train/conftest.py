@@ -10,7 +10,7 @@ from groundup.data.packing import PackedDocuments
 from groundup.data.token_store import TokenStore, TokenWriter
 from groundup.train.config import TrainConfig
 from groundup.train.guard import Guard
-from groundup.train.run import TrainingJob
+from groundup.train.job import TrainingJob
 from groundup.train.state import TrainingState
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
+from groundup.base.signals import StopRequest
+from groundup.train.engine import StepAbandoned
 from groundup.train.run import TrainingRun
 
 SCHEDULED = {"checkpoint_every": "4 steps", "validate_every": "3 steps", "sample_every": "2 steps"}
@@ -226,7 +230,7 @@ def test_another_thread_saves_the_last_step(make_job):
 
     def stuck(part):
         if run.state.step == 7:
-            assert run._rescue() == "everything is saved after step 7 of 11"
+            assert run._rescue(StopRequest()) == "everything is saved after step 7 of 11"
             raise KeyboardInterrupt
         return forward(part)
 
@@ -235,6 +239,90 @@ def test_another_thread_saves_the_last_step(make_job):
         run.run()
     resumed = TrainingRun(make_job("run"))
     assert resumed.state.step == 7 and bits(resumed, resumed.run()) == expected
+
+
+def test_a_save_at_work_is_waited_for_by_the_deadline(make_job):
+    run = TrainingRun(make_job("run", checkpoint_every="4 steps"))
+    save, said = run.store.save, []
+
+    def rescue():
+        said.append(run._rescue(StopRequest()))
+        run._state_is_whole.release()  # where a process would have ended
+
+    def slow_save(step, *given, **named):
+        if step == 4:
+            threading.Thread(target=rescue).start()
+            time.sleep(1.5)  # longer than the deadline waits for the state
+            save(step, *given, **named)
+            return
+        save(step, *given, **named)
+
+    run.store.save = slow_save
+    run.run()
+    while not said:
+        time.sleep(0.01)
+    assert said[0].startswith("everything is saved after step 4")
+
+
+def test_the_deadline_saves_nothing_in_the_middle_of_a_rewind(make_job):
+    run = TrainingRun(make_job("run", checkpoint_every="2 steps", on_nonfinite="rewind"))
+    load, said = run._load, []
+
+    def slow_load():
+        thread = threading.Thread(target=lambda: said.append(run._rescue(StopRequest())))
+        thread.start()
+        found = load()
+        thread.join()
+        return found
+
+    run._load = slow_load
+    norms = iter([1.0] * 4 + [float("nan")])
+    measured = run.engine.gradient_norm
+
+    def norm():
+        value = measured()
+        return next(norms, 1.0) * value
+
+    run.engine.gradient_norm = norm
+    run.run()
+    assert said == ["the last save stands"]
+
+
+def test_a_look_made_again_tells_its_checkpoint_how_good_it_is(make_job):
+    """Stopped in the look at a checkpoint's step: the best checkpoint is the same as without a stop."""
+
+    def metrics_of(run):
+        return {
+            attempt.step: manifest.metric for attempt, manifest in run.store._whole() if manifest.metric is not None
+        }
+
+    settings = {"checkpoint_every": "4 steps", "validate_every": "4 steps", "keep_checkpoints": 5}
+    whole = TrainingRun(make_job("whole", **settings))
+    whole.run()
+    run = TrainingRun(make_job("run", **settings))
+    validate = run._validate
+
+    def interrupted(stop):
+        if run.state.step == 8:
+            raise StepAbandoned
+        return validate(stop)
+
+    run._validate = interrupted
+    with pytest.raises(Preempted):
+        run.run()
+    assert 8 not in metrics_of(run)
+    resumed = TrainingRun(make_job("run", **settings))
+    resumed.run()
+    assert metrics_of(resumed) == metrics_of(whole) and 8 in metrics_of(whole)
+
+
+def test_a_fault_of_the_loader_ends_the_run_in_words(make_job, monkeypatch):
+    monkeypatch.setenv("GROUNDUP_FAILPOINT", "loader.batch:raise:3")
+    run = TrainingRun(make_job("run", checkpoint_every="1 steps"))
+    with pytest.raises(RuntimeError, match=r"loader\.batch"):
+        run.run()
+    monkeypatch.delenv("GROUNDUP_FAILPOINT")
+    assert TrainingRun(make_job("run", checkpoint_every="1 steps")).state.step == 2
 
 
 def test_a_changed_machine_is_told_and_marked(make_job, capsys):
@@ -277,7 +365,7 @@ def changing_parts(thing, path="run", seen=None):
 
 SAVED = re.compile(r"run\.state\.|run\.engine\.(masters|optimizers)\[|run\.job\.model\..*_parameters\[")
 NOT_STATE = {
-    "run._began", "run._elapsed_before", "run._saving_seconds", "run._saved_step",  # clocks, and where the disk is
+    "run._began", "run._elapsed_before", "run._saving_seconds", "run._busy_seconds", "run._stragglers", "run._saved_step",  # clocks, and where the disk is
     "run.engine._norm",  # set before each use
     "run.store._buffers.keys", "run.store._buffers[object]",  # what is being written
 }  # fmt: skip

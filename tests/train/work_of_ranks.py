@@ -22,7 +22,8 @@ from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
 from groundup.train.config import TrainConfig
 from groundup.train.engine import TorchEngine
-from groundup.train.run import TrainingJob, TrainingRun
+from groundup.train.job import TrainingJob
+from groundup.train.run import TrainingRun
 
 VOCAB = 600
 

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GRACE_SECONDS = 8.0
 """From a signal to the end of a process that did not end by itself; saving then has two seconds to the promised ten."""
+SAVE_SECONDS = 60.0
+"""For a save that a slow disk has not finished by then: longer than the promise, and not for ever."""
 SECOND_INTERRUPT_SECONDS = 0.5
 EXIT_CODE = 75
 
@@ -25,10 +27,10 @@ EXIT_CODE = 75
 class StopRequest:
     """What a process was asked by a signal. Used as a context on the main thread; elsewhere it is never asked."""
 
-    def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(self, grace_seconds: float = GRACE_SECONDS, save_seconds: float = SAVE_SECONDS) -> None:
         self.name = ""
         """Name of the first signal; empty while there was none."""
-        self._grace_seconds = grace_seconds
+        self._grace_seconds, self._save_seconds = grace_seconds, save_seconds
         self._is_polled = self._is_handed_over = False
         self._rescue: Callable[[], str] | None = None
         self._before: dict[int, Any] = {}
@@ -43,7 +45,8 @@ class StopRequest:
     def polled(self, rescue: Callable[[], str]) -> Iterator[None]:
         """Within it a signal raises nothing: the work asks `is_asked` often, saves, and ends.
 
-        `rescue` is called from another thread if it does not end in time; it saves and says what it saved.
+        `rescue` is called from another thread if it does not end in time; it saves and says what it saved. It too has
+        its time: `save_seconds`.
         """
         self._is_polled, self._rescue = True, rescue
         try:
@@ -59,6 +62,10 @@ class StopRequest:
             yield
         finally:
             self._is_handed_over = False
+
+    def wait_until_over(self) -> None:
+        """Wait, in a rescue, for the work to end by itself, as long as a save may take."""
+        self._is_over.wait(self._save_seconds)
 
     def __enter__(self) -> "StopRequest":
         self._is_woken, self._wakes = os.pipe()
@@ -108,18 +115,32 @@ class StopRequest:
         return received[0] if received else None
 
     def _end(self, name: str) -> None:
-        saved = "what was finished before is kept"
-        if self._rescue is not None:
-            try:
-                saved = self._rescue()
-            except Exception as error:  # the end of the process must not depend on it
-                saved = f"the last save stands, another was not possible ({error})"
-        # another thread is in the middle of a call: neither it nor Python's own exit can be waited for
-        line = f"E-PREEMPTED: stopped by {name}; {saved}. Run the same command again to go on\n"
+        rescue = self._rescue
+        if rescue is None:
+            _leave(name, "what was finished before is kept")
+        too_late = threading.Timer(
+            self._save_seconds,
+            _leave,
+            (name, f"the save at work took more than {self._save_seconds:g} s; the last one stands"),
+        )
+        too_late.daemon = True
+        too_late.start()
         try:
-            os.write(sys.stderr.fileno() if sys.stderr is not None else 2, line.encode())
-        finally:  # a terminal that is gone, too
-            os._exit(EXIT_CODE)
+            saved = rescue()
+        except Exception as error:  # the end of the process must not depend on it
+            saved = f"the last save stands, another was not possible ({error})"
+        too_late.cancel()
+        if not self._is_over.is_set():
+            _leave(name, saved)
+
+
+def _leave(name: str, saved: str) -> NoReturn:
+    """End the process: another thread is in the middle of a call, neither it nor Python's own exit can be waited for."""
+    line = f"E-PREEMPTED: stopped by {name}; {saved}. Run the same command again to go on\n"
+    try:
+        os.write(sys.stderr.fileno() if sys.stderr is not None else 2, line.encode())
+    finally:  # a terminal that is gone, too
+        os._exit(EXIT_CODE)
 
 
 _current: StopRequest | None = None

@@ -1,8 +1,10 @@
 """What ranks compare: that they run the same thing before the first step, and hold the same weights on the way."""
 
 import hashlib
+import statistics
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from groundup.base.errors import DistributedError
@@ -10,6 +12,9 @@ from groundup.parallel.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+STRAGGLER_RATIO = 2.0
 
 
 def refuse_mismatch(world: World, facts: Mapping[str, Any]) -> None:
@@ -47,6 +52,25 @@ def refuse_divergence(world: World, step: int, weights: Mapping[str, "Tensor"]) 
         where=f"step {step}",
         next="the last checkpoint is from before: the same command goes on from it; if it comes again, test that machine",
     )
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that computes much longer than the others."""
+
+    rank: int
+    words: str
+
+
+def find_straggler(world: World, busy_seconds: float) -> Straggler | None:
+    """The slowest rank, if it computed `STRAGGLER_RATIO` times as long as the median of the others."""
+    seconds = world.gather(busy_seconds)
+    slowest = max(range(len(seconds)), key=lambda rank: float(seconds[rank]))
+    usual = statistics.median(value for rank, value in enumerate(seconds) if rank != slowest)
+    if seconds[slowest] < STRAGGLER_RATIO * usual:
+        return None
+    ratio = seconds[slowest] / max(usual, 1e-9)
+    return Straggler(slowest, f"rank {slowest} computes {ratio:.1f}x the median of the others; all wait for it")
 
 
 def _hash(weight: "Tensor") -> str:

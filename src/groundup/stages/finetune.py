@@ -30,7 +30,8 @@ from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
-from groundup.train.run import TrainingJob, TrainingRun
+from groundup.train.job import TrainingJob
+from groundup.train.run import TrainingRun
 
 CODE_VERSION = 1
 FinetuneStage = Literal["sft", "lora"]

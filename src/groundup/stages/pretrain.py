@@ -20,7 +20,8 @@ from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
-from groundup.train.run import TrainingJob, TrainingRun
+from groundup.train.job import TrainingJob
+from groundup.train.run import TrainingRun
 
 CODE_VERSION = 1
 STAGE = "pretrain"

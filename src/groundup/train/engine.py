@@ -1,6 +1,7 @@
 """The engine: what one optimizer step is made of. The loop knows only the Protocol."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,8 @@ class StepSums:
 
     loss_sum: Tensor
     num_loss_tokens: int
+    busy_seconds: float = 0.0
+    """Time this rank computed, without waiting for others."""
 
     @property
     def loss(self) -> float:
@@ -122,6 +125,7 @@ class TorchEngine:
                     raise StepAbandoned
                 yield begin
 
+        began = time.perf_counter()
         divisor = max(1, batch.num_loss_tokens)
         loss_sum = torch.zeros((), device=self.device)
         share = self._share(range(0, len(batch), self.micro_batch_rows))
@@ -132,9 +136,10 @@ class TorchEngine:
             loss_sum += part_sum
             for name, gradient in gradients.items():
                 self._add_gradient(name, gradient)
+        busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(loss_sum)
-        return StepSums(loss_sum, batch.num_loss_tokens)
+        return StepSums(loss_sum, batch.num_loss_tokens, busy_seconds)
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""

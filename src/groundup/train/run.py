@@ -2,80 +2,37 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
 from groundup.base.failpoints import reach
-from groundup.base.log import Log, Progress
+from groundup.base.log import Progress
 from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
 from groundup.base.signals import StopRequest, stop_request
-from groundup.checkpoint.attempt import Checkpoint
-from groundup.checkpoint.manifest import FileRecord
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
-from groundup.data.rows import RowSource
-from groundup.model.causal_lm import CausalLM
-from groundup.optim.muon import Muon
 from groundup.optim.schedules import lr_multiplier
-from groundup.parallel.checks import refuse_divergence
-from groundup.parallel.world import World
-from groundup.train.config import TrainConfig
+from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.duration import in_steps
 from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.guard import Guard
+from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
 from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once
+from groundup.train.saving import checkpoint_bytes, find_checkpoint
 from groundup.train.state import TrainingState
 from groundup.train.validation import validation_figures
 
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """Everything a run needs from its stage."""
-
-    name: str
-    config: TrainConfig
-    seed: int
-    model: CausalLM
-    source: RowSource
-    validation: Mapping[str, RowSource]
-    folder: Path
-    log: Log
-    name_documents: Callable[[int], str]
-    """Documents of a step's batch, in words, for the guard."""
-    sample: Callable[[CausalLM, str], str]
-    """Continues a prompt."""
-    run_id: str = ""
-    """Name of the run in its checkpoints: those of another run are not taken."""
-    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Settings that are not those the run began with: (old, new) by name."""
-    token_bytes: NDArray[np.integer[Any]] | None = None
-    """Bytes each id stands for; None where that is not defined."""
-    world: World = field(default_factory=World)
-    """The ranks that run this job together; rank 0 alone writes, looks and samples."""
-    compare_every: int = 100
-    """Steps from one comparison of the ranks' weights to the next."""
-
-
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """The end of a run."""
-
-    weights: dict[str, Tensor]
-    """Trained tensors by name, fp32."""
-    resolved: Resolved
-    figures: dict[str, Any] = field(default_factory=dict)
+STEPS_TO_COMPARE = 8
+"""Steps between two comparisons of how long the ranks compute."""
 
 
 class TrainingRun:
@@ -121,13 +78,14 @@ class TrainingRun:
         self.timing = self._records("timing.jsonl")
         self.events = self._records("events.jsonl")
         self._saved_step = self.state.step if self.is_resumed else -1
-        self._saving_seconds = 0.0
+        self._saving_seconds = self._busy_seconds = 0.0
+        self._stragglers: set[int] = set()
         self._state_is_whole = threading.Lock()
         self._saving = threading.RLock()
 
     def _load(self) -> bool:
         """Take up the newest checkpoint; False where there is none."""
-        found = self._find_checkpoint()
+        found = find_checkpoint(self.store, self.world)
         if found is None:
             return False
         self.state = TrainingState(**found.state)
@@ -153,25 +111,6 @@ class TrainingRun:
                 changed={name.rpartition(".")[2] for name in self.job.changes},
             )
         return Resolved(**self.world.broadcast(resolved and asdict(resolved)))
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        """Rank 0 looks for the newest that is whole; all load that one."""
-        found = self.store.newest() if self.world.is_first else None
-        if self.world.size == 1:
-            return found
-        values = self.world.broadcast(
-            found
-            and {
-                "step": found.step,
-                "folder": str(found.folder),
-                "state": dict(found.state),
-                "files": {name: asdict(record) for name, record in found.files.items()},
-            }
-        )
-        if values is None:
-            return None
-        files = {name: FileRecord(**record) for name, record in values["files"].items()}
-        return Checkpoint(values["step"], Path(values["folder"]), values["state"], files, self.store.disk)
 
     def _records(self, name: str, *, keep_bytes: int | None = None) -> JsonLines:
         return JsonLines(self.job.folder / name, keep_bytes=keep_bytes) if self.world.is_first else NoLines()
@@ -216,7 +155,7 @@ class TrainingRun:
             self._save(wait=True)  # where a rewind before the first checkpoint goes
         refuse_divergence(self.world, self.state.step, self.engine.masters)
         self.world.report(self.state.step)
-        with stop_request() as stop, stop.polled(self._rescue), self.job.log.progress() as line:
+        with stop_request() as stop, stop.polled(lambda: self._rescue(stop)), self.job.log.progress() as line:
             is_done = False
             while not is_done:
                 try:
@@ -274,8 +213,10 @@ class TrainingRun:
         )
         self._began, self._elapsed_before = time.monotonic(), self.state.elapsed_seconds
         first_step, validation_text = self.state.step, ""
-        if self.state.unwritten is not None:  # stopped between a step and its look
-            self._look(stop)
+        if self.state.unwritten is not None and self._look(stop) and self._is_due("checkpoint_every"):
+            # stopped between a step and its look: its checkpoint does not know yet how good it is
+            self._saved_step = -1
+            self._save()
         for result in steps:
             self.world.report(result.step)
             is_saved = result.step == total or self._is_due("checkpoint_every")
@@ -283,6 +224,7 @@ class TrainingRun:
                 refuse_divergence(self.world, result.step, self.engine.masters)
             looks = self._look(stop)
             self._record_timing(result)
+            self._note_straggler(result)
             if looks:
                 validation_text = "".join(f"  val {figures['loss']:.3f}" for figures in looks.values())
             if self._is_due("sample_every"):
@@ -320,31 +262,39 @@ class TrainingRun:
             next="run the same command again to go on",
         )
 
-    def _rescue(self) -> str:
-        """Save from another thread while the main one computes: weights and state change only under the lock."""
-        if not (self._state_is_whole.acquire(timeout=1.0) and self._saving.acquire(timeout=1.0)):
+    def _rescue(self, stop: StopRequest) -> str:
+        """Save from another thread while the main one computes: weights and state change only under the lock.
+
+        A save that is under way already is waited for; so does a rank that leaves saving to the first.
+        """
+        if not self.world.is_first:
+            stop.wait_until_over()
+            return "the first rank saves"
+        if not self._state_is_whole.acquire(timeout=1.0):
             return "the last save stands"
-        self._save(wait=True)
+        with self._saving:
+            self._save(wait=True)
         return f"everything is saved after step {self.state.step} of {self.resolved.total_steps}"
 
     def _rewind(self, step: int) -> None:
         """Go back to the last checkpoint and leave out the batches up to `step`, counted from 0."""
-        before = self.state
-        passed_over = {*before.passed_over, *range(max(0, step + 1 - self.config.spike_batches), step + 1)}
-        if not self._load():
-            raise CheckpointError(
-                "E-CKPT-NONE",
-                what="the guard asks for a rewind and no checkpoint stands",
-                where=self.job.folder,
-                next="set `checkpoint_every`",
-            )
-        self.world.barrier()  # all have read it
-        if self.world.is_first:
-            self.store.drop_after(self.state.step)
-        self.state.rewinds, self.state.passed_over = before.rewinds + 1, sorted(passed_over)
-        self.state.is_exact, self.state.num_ranks = before.is_exact, before.num_ranks
-        self.state.environment = before.environment
-        self.metrics.cut(self.state.metrics_bytes)
+        with self._state_is_whole:
+            before = self.state
+            passed_over = {*before.passed_over, *range(max(0, step + 1 - self.config.spike_batches), step + 1)}
+            if not self._load():
+                raise CheckpointError(
+                    "E-CKPT-NONE",
+                    what="the guard asks for a rewind and no checkpoint stands",
+                    where=self.job.folder,
+                    next="set `checkpoint_every`",
+                )
+            self.world.barrier()  # all have read it
+            if self.world.is_first:
+                self.store.drop_after(self.state.step)
+            self.state.rewinds, self.state.passed_over = before.rewinds + 1, sorted(passed_over)
+            self.state.is_exact, self.state.num_ranks = before.is_exact, before.num_ranks
+            self.state.environment = before.environment
+            self.metrics.cut(self.state.metrics_bytes)
         self._event(step + 1, "rewind", f"to step {self.state.step}, without the batches {sorted(passed_over)}")
         self._saved_step = -1
         self._save(wait=True)  # what is passed over is known from now on
@@ -399,6 +349,18 @@ class TrainingRun:
             }
         )
         self._saving_seconds = 0.0
+
+    def _note_straggler(self, result: StepResult) -> None:
+        """Once in a while the ranks compare how long they compute, waiting left out; a slow one is named once."""
+        self._busy_seconds += result.sums.busy_seconds
+        if self.world.size == 1 or result.step % STEPS_TO_COMPARE:
+            return
+        slowest = find_straggler(self.world, self._busy_seconds)
+        self._busy_seconds = 0.0
+        if slowest is not None and slowest.rank not in self._stragglers:
+            self._stragglers.add(slowest.rank)
+            self._event(result.step, "straggler", slowest.words)
+            self.job.log.warn("W-STRAGGLER", slowest.words)
 
     def _event(self, step: int, kind: str, detail: Any) -> None:
         self.events.write({"step": step, "kind": kind, "detail": detail})
@@ -470,14 +432,3 @@ class TrainingRun:
             "compiled": self.resolved.compile,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-
-
-def checkpoint_bytes(engine: TorchEngine) -> int:
-    """Bytes of one checkpoint: weights and the optimizer's moments, which Muon keeps one of, AdamW two."""
-    moments = {
-        id(parameter): 1 if isinstance(optimizer, Muon) else 2
-        for optimizer in engine.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    return sum((1 + moments[id(master)]) * master.nbytes for master in engine.masters.values())

@@ -1,0 +1,55 @@
+"""What a training run is given by its stage, and what it gives back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from groundup.base.log import Log
+from groundup.data.rows import RowSource
+from groundup.model.causal_lm import CausalLM
+from groundup.parallel.world import World
+from groundup.train.config import TrainConfig
+from groundup.train.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a run needs from its stage."""
+
+    name: str
+    config: TrainConfig
+    seed: int
+    model: CausalLM
+    source: RowSource
+    validation: Mapping[str, RowSource]
+    folder: Path
+    log: Log
+    name_documents: Callable[[int], str]
+    """Documents of a step's batch, in words, for the guard."""
+    sample: Callable[[CausalLM, str], str]
+    """Continues a prompt."""
+    run_id: str = ""
+    """Name of the run in its checkpoints: those of another run are not taken."""
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Settings that are not those the run began with: (old, new) by name."""
+    token_bytes: NDArray[np.integer[Any]] | None = None
+    """Bytes each id stands for; None where that is not defined."""
+    world: World = field(default_factory=World)
+    """The ranks that run this job together; rank 0 alone writes, looks and samples."""
+    compare_every: int = 100
+    """Steps from one comparison of the ranks' weights to the next."""
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """The end of a run."""
+
+    weights: dict[str, Tensor]
+    """Trained tensors by name, fp32."""
+    resolved: Resolved
+    figures: dict[str, Any] = field(default_factory=dict)
