@@ -8,10 +8,11 @@ from groundup.base.artifact import RunFolder
 from groundup.base.log import Log
 from groundup.data.chat_rows import PackedChats
 from groundup.model.loss import IGNORE_INDEX
-from groundup.stages import inspect
+from groundup.stages import inspect, pretrain
 from groundup.stages.chat_data import load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.recipe import Recipe
+from groundup.stages.run import STAGES
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import ChatEncoder
@@ -73,3 +74,43 @@ def test_samples_are_shown_with_their_mask(work, capsys):
     show_samples(Log(), tokenizer, data.train)
     shown = capsys.readouterr().out
     assert shown.count("learned in «»") == 3 and "«say " in shown and "«ask" not in shown
+
+
+class _Seen(Exception):
+    """The training job was made; nothing is trained."""
+
+
+def test_the_rows_shown_are_those_that_pretraining_reads(tmp_path, tokenizer_folder, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    recipe = Recipe(
+        name="look",
+        seed=5,
+        corpus={"source": str(tmp_path / "text.txt"), "max_piece_bytes": 200, "num_workers": 1},
+        tokenizer={"path": str(tokenizer_folder())},
+        tokens={"validation_fraction": 0.1, "num_workers": 1},
+        model={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+               "num_key_value_heads": 1},
+        pretrain={"duration": "1 steps", "row_length": 32, "batch_size_tokens": 64, "device": "cpu"},
+    )  # fmt: skip
+    (tmp_path / "text.txt").write_text("\n\n".join(f"part {n}: " + f"the dog {n * n} " * 9 for n in range(40)))
+    work = Work(recipe, run, Log(quiet=True))
+    for name in ("clean", "tokenizer", "tokenize"):
+        STAGES[name](work)
+    jobs = []
+
+    def see(job):
+        jobs.append(job)
+        raise _Seen
+
+    monkeypatch.setattr(pretrain, "TrainingRun", see)
+    with pytest.raises(_Seen):
+        pretrain.pretrain(work)
+    source = jobs[0].source
+    marked = []
+    monkeypatch.setattr(inspect, "_show", lambda log, title, rows, html: marked.extend(rows))
+    inspect.inspect_tokens(work, count=1000, html=None)
+    tokenizer = TextTokenizer(tmp_path / "run" / "tokenizer")
+    assert len(marked) == source.rows_per_epoch > 20
+    for index, row in enumerate(marked):
+        shown = "".join(piece.text for piece in row.pieces)
+        assert shown == tokenizer.decode(source.row(index)[0].tolist()), f"row {index}"

@@ -11,13 +11,12 @@ from groundup.base.files import atomic_write
 from groundup.base.log import Log
 from groundup.base.seeding import derive_seed
 from groundup.data.chat_rows import PackedChats
-from groundup.data.packing import PackedDocuments
-from groundup.data.token_store import TokenStore
 from groundup.model.loss import IGNORE_INDEX
 from groundup.report.token_view import Kind, MarkedRow, for_terminal, legend, page
 from groundup.stages.chat_data import load_chats
 from groundup.stages.chat_samples import marked_pieces
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
+from groundup.stages.pretrain import pretraining_rows
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
@@ -51,11 +50,9 @@ def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | 
 def inspect_tokens(work: Work, *, count: int, html: Path | None) -> None:
     """Show the first rows of pretraining: documents, their borders, and where one is cut by the row's end."""
     recipe = work.recipe
-    config = work.needed(recipe.pretrain, "pretrain")
     work.run.committed("tokens")
     tokenizer = TextTokenizer(work.path("tokenizer"))
-    store = TokenStore(work.path("tokens"), "train", vocab_size=tokenizer.vocab_size)
-    rows = PackedDocuments(store, row_length=config.row_length, seed=derive_seed(recipe.seed, "pretrain"))
+    rows = pretraining_rows(work, tokenizer, "train")
     marked = []
     for index in range(min(count, rows.rows_per_epoch)):
         tokens, labels, starts = rows.row(index)
@@ -63,7 +60,7 @@ def inspect_tokens(work: Work, *, count: int, html: Path | None) -> None:
         kinds = _kinds(tokens, labels, starts, len(tokens), {tokenizer.end_of_text_id})
         if tokens[0] != tokenizer.end_of_text_id:
             kinds[0] = "cut"
-        names = ", ".join(str(store.record(document).get("file")) for document in documents[:4])
+        names = ", ".join(str(rows.store.record(document).get("file")) for document in documents[:4])
         title = f"row {index}: {len(documents)} documents ({names}{', …' if len(documents) > 4 else ''})"
         marked.append(MarkedRow(title, marked_pieces(tokenizer, tokens, kinds)))
     _show(work.log, f"{recipe.name}: rows of pretraining", marked, html)

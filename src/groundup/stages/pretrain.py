@@ -14,7 +14,7 @@ from groundup.base.files import read_json, write_json
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import save_model
 from groundup.data.packing import PackedDocuments
-from groundup.data.token_store import TokenStore
+from groundup.data.token_store import Split, TokenStore
 from groundup.generate.text import continue_text
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
@@ -47,14 +47,7 @@ def pretrain(work: Work) -> dict[str, Any]:
     verify(work.path("tokens"), tokens)
     tokenizer = TextTokenizer(work.path("tokenizer"))
     shape = resolve_vocabulary(shape, tokenizer)
-    rows = {
-        split: PackedDocuments(
-            TokenStore(work.path("tokens"), split, vocab_size=tokenizer.vocab_size),
-            row_length=config.row_length,
-            seed=recipe.seed,
-        )
-        for split in ("train", "validation")
-    }
+    rows = {split: pretraining_rows(work, tokenizer, split) for split in ("train", "validation")}
     check_positions(shape, config.row_length)
     model = CausalLM(shape)
     model.initialize(torch.Generator().manual_seed(derive_seed(recipe.seed, "weights")))
@@ -94,6 +87,13 @@ def pretrain(work: Work) -> dict[str, Any]:
         f"pretrain  {summary['tokens']:,} tokens  {summary['tokens_per_second']:,.0f} tokens/s  {summary['seconds']:.1f} s"
     )
     return summary
+
+
+def pretraining_rows(work: Work, tokenizer: TextTokenizer, split: Split) -> PackedDocuments:
+    """The rows of a split as the model sees them: whoever trains on them or shows them takes them from here."""
+    config = work.needed(work.recipe.pretrain, "pretrain")
+    store = TokenStore(work.path("tokens"), split, vocab_size=tokenizer.vocab_size)
+    return PackedDocuments(store, row_length=config.row_length, seed=work.recipe.seed)
 
 
 def resolve_vocabulary(shape: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
