@@ -92,3 +92,24 @@ def test_a_shift_of_labels_by_none_or_two_is_another_loss(make_model):
     h_BTD = torch.nn.functional.one_hot((tokens_BT + 1) % vocab, vocab).float()
     losses = [float(linear_cross_entropy(h_BTD, weight_VD, (tokens_BT + shift) % vocab).loss_sum) for shift in range(3)]
     assert losses[1] < 1e-6 and losses[0] > 100 and losses[2] > 100
+
+
+def test_a_scale_inside_keeps_small_gradients_in_fp16():
+    """Most probabilities of a sure model are below fp16's smallest number; the result is that of no scale."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(64, 32, generator=generator)
+    labels_BT = torch.randint(0, 64, (1, 20), generator=generator)
+    h_BTD = weight_VD[labels_BT] * 0.5
+    gradients = []
+    for dtype, scale in (
+        (torch.float32, 1.0),
+        (torch.float32, 2.0**12),
+        (torch.float16, 1.0),
+        (torch.float16, 2.0**12),
+    ):
+        h, weight = (t.to(dtype).requires_grad_() for t in (h_BTD, weight_VD))
+        (linear_cross_entropy(h, weight, labels_BT, grad_scale=scale).loss_sum * 2.0**12).backward()
+        gradients.append(torch.cat([h.grad.flatten(), weight.grad.flatten()]).double())
+    plain, scaled, lost, kept = gradients
+    torch.testing.assert_close(plain, scaled, rtol=1e-5, atol=1e-6)
+    assert (kept - plain).norm() < 0.03 * plain.norm() < (lost - plain).norm() < plain.norm()

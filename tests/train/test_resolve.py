@@ -5,8 +5,9 @@ import torch
 
 from groundup.base import machine
 from groundup.base.errors import ConfigError
+from groundup.base.files import read_json, write_json
 from groundup.parallel.world import World
-from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, resolve, resolve_once
+from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, RESOLVED, apply_threads, resolve, resolve_once
 
 
 def resolved(config, rows_per_epoch=10, matrix_parameters=1000):
@@ -130,7 +131,56 @@ def test_a_run_on_more_ranks_divides_anew_and_keeps_the_rest(tmp_path, make_conf
 def test_more_ranks_than_cuda_devices_are_refused(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
     with pytest.raises(ConfigError, match="E-CONFIG-DEVICE: 2 ranks on this machine, but torch sees 1 CUDA devices"):
         resolve(make_config(device="cuda"), **sizes, world=World(0, 2, num_local=2))
     assert resolve(make_config(device="cuda"), **sizes, world=World(0, 2, num_local=1)).device == "cuda"
+
+
+def test_fp16_on_a_cpu_is_refused_with_what_works(make_config):
+    with pytest.raises(
+        ConfigError, match=r"E-COMBINATION: precision: fp16 with device: cpu: .*slower.*Use precision auto"
+    ):
+        resolved(make_config(precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "precision", "becomes", "tf32"),
+    [
+        ((9, 0), "auto", "auto", "bf16", False),
+        ((7, 5), "auto", "auto", "fp32", False),
+        ((9, 0), "auto", "fp32", "fp32", True),
+        ((7, 5), "auto", "fp32", "fp32", False),
+        ((9, 0), False, "fp32", "fp32", False),
+        ((9, 0), "auto", "fp16", "fp16", False),
+    ],
+)
+def test_precision_follows_the_cuda_device(monkeypatch, make_config, capability, asked, precision, becomes, tf32):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = resolved(make_config(device="cuda", precision=precision, allow_tf32=asked))
+    assert (found.precision, found.allow_tf32) == (becomes, tf32)
+    asked_for = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked_for.append)
+    apply_threads(found)
+    assert asked_for == ["high" if tf32 else "highest"]
+
+
+def test_tf32_is_nothing_on_a_cpu(monkeypatch, make_config):
+    asked_for = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked_for.append)
+    found = resolved(make_config(allow_tf32=True))
+    apply_threads(found)
+    assert not found.allow_tf32 and not asked_for
+
+
+def test_a_run_of_before_a_setting_goes_on(tmp_path, make_config):
+    """A run's resolved settings may lack what was not known when it began."""
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    began = resolve_once(tmp_path, make_config(), **sizes)
+    values = read_json(tmp_path / RESOLVED)
+    del values["allow_tf32"]
+    write_json(tmp_path / RESOLVED, values)
+    assert resolve_once(tmp_path, make_config(), **sizes) == began

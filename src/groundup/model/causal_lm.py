@@ -55,9 +55,10 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens_BT: Tensor, segments: Segments, labels_BT: Tensor) -> LossSums:
+    def forward(self, tokens_BT: Tensor, segments: Segments, labels_BT: Tensor, *, grad_scale: float = 1.0) -> LossSums:
         """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing."""
-        return linear_cross_entropy(self.model(tokens_BT, segments), self.lm_head.weight, labels_BT)
+        h_BTD = self.model(tokens_BT, segments)
+        return linear_cross_entropy(h_BTD, self.lm_head.weight, labels_BT, grad_scale=grad_scale)
 
     def logits(self, tokens_BT: Tensor, segments: Segments | None = None) -> Tensor:
         """Logits (B, T, V) at every position; for comparisons, not for training."""

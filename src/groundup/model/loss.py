@@ -25,11 +25,14 @@ class LossSums:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_n -log softmax(h_n W^T)[y_n]. Gradients are formed in the forward pass, chunk by chunk, in fp32."""
+    """sum_n -log softmax(h_n W^T)[y_n]. Gradients are formed in the forward pass, chunk by chunk, in fp32, and are kept
+    multiplied by `grad_scale`, which the backward pass takes out again."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        needs_h, needs_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, grad_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        needs_h, needs_weight, *_ = ctx.needs_input_grad
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
@@ -42,6 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad_CV = log_probabilities_CV.exp_()
             grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
+            if grad_scale != 1.0:
+                grad_CV *= grad_scale
             grad_CV = grad_CV.to(h_ND.dtype)
             if grad_h_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_h_ND[begin : begin + rows])
@@ -51,31 +56,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight_VD += grad_CV.t() @ h_CD
         ctx.save_for_backward(grad_h_ND, grad_weight_VD)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.weight_dtype, ctx.grad_scale = weight_VD.dtype, grad_scale
         ctx.mark_non_differentiable(losses_N)
         return losses_N.sum(dtype=torch.float64).float(), losses_N
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
+        grad_sum = grad_sum / ctx.grad_scale
         return (
             None if grad_h_ND is None else grad_h_ND * grad_sum.to(grad_h_ND.dtype),
             None if grad_weight_VD is None else (grad_weight_VD * grad_sum).to(ctx.weight_dtype),
             None,
+            None,
         )
 
 
-def linear_cross_entropy(h_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> LossSums:
+def linear_cross_entropy(h_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, grad_scale: float = 1.0) -> LossSums:
     """Loss of the next-token logits h W^T against labels; label -100 is not supervised and costs nothing.
 
     Only supervised rows reach the product with the vocabulary. A batch without any supervised token gives a sum
-    of 0 that is still attached to the graph.
+    of 0 that is still attached to the graph. `grad_scale` changes no result: gradients are held multiplied by it until
+    the backward pass, for a dtype whose range is short (fp16).
     """
     flat_labels_N = labels_BT.flatten()
     rows_N = (flat_labels_N != IGNORE_INDEX).nonzero().squeeze(1)
     h_ND = h_BTD.flatten(0, 1).index_select(0, rows_N)
     loss_sum, losses_N = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N)
+        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N), grad_scale
     )
     per_token = torch.zeros(flat_labels_N.shape, dtype=torch.float32, device=h_BTD.device)
     per_token.index_copy_(0, rows_N, losses_N.detach())

@@ -22,8 +22,11 @@ class TrainConfig(OptimConfig):
     """Where to train; auto takes CUDA where torch sees it."""
     micro_batch_rows: PositiveInt | Literal["auto"] = "auto"
     """Rows in one forward pass; auto takes as many as keep the activations in a CPU's cache."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Dtype of the products; weights and optimizer stay in fp32. auto takes bf16 where the machine is fast at it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of the products; weights and optimizer stay in fp32. auto takes bf16 where the machine is fast at it. fp16
+    needs CUDA; its gradients are scaled, and a step whose gradients leave its range is passed over."""
+    allow_tf32: bool | Literal["auto"] = "auto"
+    """Products of fp32 matrices with 10 bits of mantissa, on CUDA only; auto allows them where the device has them."""
     attention: Literal["auto", "sdpa", "chunked", "dense"] = "auto"
     """How attention is computed; auto takes the chunked product for bf16 on a CPU, SDPA elsewhere."""
     compile: bool | Literal["auto"] = "auto"

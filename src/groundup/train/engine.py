@@ -18,6 +18,7 @@ from groundup.optim.config import OptimConfig
 from groundup.optim.groups import build_optimizers, set_lr
 from groundup.parallel.world import World
 from groundup.train.lanes import Lanes
+from groundup.train.scaler import LossScaler
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class StepSums:
     num_loss_tokens: int
     busy_seconds: float = 0.0
     """Time this rank computed, without waiting for others."""
+    loss_scale: float | None = None
+    """Scale of the gradients in fp16; None in other dtypes."""
 
     @property
     def loss(self) -> float:
@@ -55,6 +58,17 @@ class Engine(Protocol):
         """Global 2-norm of the gradients: the one device synchronisation of a step."""
         ...
 
+    def has_overflow(self, sums: StepSums) -> bool:
+        """Whether fp16 gradients left their range though the loss is finite: the scaler's matter, not the guard's.
+
+        To be asked after the norm. Raises NumericsError where no smaller scale would help.
+        """
+        ...
+
+    def shrink_scale(self) -> None:
+        """Take a smaller loss scale from the next step on."""
+        ...
+
     def optimizer_step(self, lr_multiplier: float) -> dict[str, float]:
         """Clip, update, drop the gradients; returns the learning rate by group."""
         ...
@@ -73,7 +87,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One rank. Weights, gradient sums and optimizer in fp32; in bf16 the model is a copy made once a step.
+    """One rank. Weights, gradient sums and optimizer in fp32; in bf16 and fp16 the model is a copy made once a step.
 
     Every rank reads the whole batch and computes its share of the micro-batches; gradients are summed over the ranks.
     """
@@ -96,6 +110,7 @@ class TorchEngine:
         self.device = device
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.has_copy = dtype != torch.float32
+        self.scaler = LossScaler() if dtype == torch.float16 else None
         if self.has_copy:
             self.masters = {
                 name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in trained.items()
@@ -108,7 +123,7 @@ class TorchEngine:
         self._computing = {name: self._copies.get(name, master) for name, master in self.masters.items()}
         self._lanes = Lanes(num_lanes)
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
-        self._norm = 0.0
+        self._norm, self._grad_scale = 0.0, 1.0
 
     def forward_backward(
         self,
@@ -127,6 +142,7 @@ class TorchEngine:
 
         began = time.perf_counter()
         divisor = max(1, batch.num_loss_tokens)
+        self._grad_scale = 1.0 if self.scaler is None else self.scaler.scale / divisor
         loss_sum = torch.zeros((), device=self.device)
         share = self._share(range(0, len(batch), self.micro_batch_rows))
         compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
@@ -139,7 +155,7 @@ class TorchEngine:
         busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(loss_sum)
-        return StepSums(loss_sum, batch.num_loss_tokens, busy_seconds)
+        return StepSums(loss_sum, batch.num_loss_tokens, busy_seconds, self.loss_scale)
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
@@ -162,7 +178,7 @@ class TorchEngine:
             return 0.0, {}
         torch.manual_seed(seed)
         sums = self._forward(part)
-        torch.autograd.backward(sums.loss_sum / divisor)
+        torch.autograd.backward(self._to_minimise(sums, divisor))
         gradients = {name: copy.grad for name, copy in self._copies.items() if copy.grad is not None}
         for copy in self._copies.values():
             copy.grad = None
@@ -174,14 +190,20 @@ class TorchEngine:
         if part.num_loss_tokens == 0:
             return 0.0, {}
         sums = self._forward(part)
-        gradients = torch.autograd.grad(sums.loss_sum / divisor, list(self._computing.values()), allow_unused=True)
+        gradients = torch.autograd.grad(
+            self._to_minimise(sums, divisor), list(self._computing.values()), allow_unused=True
+        )
         named = zip(self._computing, gradients, strict=True)
         return sums.loss_sum.detach(), {name: gradient for name, gradient in named if gradient is not None}
+
+    def _to_minimise(self, sums: LossSums, divisor: int) -> Tensor:
+        loss = sums.loss_sum / divisor
+        return loss if self.scaler is None else loss * self.scaler.scale
 
     def _forward(self, part: RowBatch) -> LossSums:
         reach("engine.forward")
         part = part.to(self.device)
-        sums: LossSums = self.model(part.tokens_BT, part.segments, part.labels_BT)
+        sums: LossSums = self.model(part.tokens_BT, part.segments, part.labels_BT, grad_scale=self._grad_scale)
         return sums
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
@@ -195,10 +217,27 @@ class TorchEngine:
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         if reach("opt.pre_step"):
             gradients[0].view(-1)[0] = float("nan")
+        if self.scaler is not None and gradients:
+            torch._foreach_mul_(gradients, 1 / self.scaler.scale)
         self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         if self.world.any(not math.isfinite(self._norm)):  # what one rank sees, all decide on
             self._norm = math.nan
         return self._norm
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Scale of the next step's gradients in fp16; None in other dtypes."""
+        return None if self.scaler is None else self.scaler.scale
+
+    def has_overflow(self, sums: StepSums) -> bool:
+        if self.scaler is None or math.isfinite(self._norm) or not math.isfinite(sums.loss):
+            return False
+        self.scaler.refuse_overflow_at_minimum()
+        return True
+
+    def shrink_scale(self) -> None:
+        assert self.scaler is not None
+        self.scaler.back_off()
 
     def optimizer_step(self, lr_multiplier: float) -> dict[str, float]:
         if self.max_grad_norm is not None and self._norm > self.max_grad_norm:
@@ -207,6 +246,8 @@ class TorchEngine:
         rates = set_lr(self.optimizers, lr_multiplier)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.scaler is not None:
+            self.scaler.grow()
         self.discard_gradients()
         self._refresh_copies()
         return rates
@@ -227,7 +268,11 @@ class TorchEngine:
             for master, values in optimizer.state.items():
                 for key, value in values.items():
                     optimizer_state[f"{names[id(master)]}:{key}"] = value
-        return {"model": {name: master.detach() for name, master in self.masters.items()}, "optimizer": optimizer_state}
+        state = {
+            "model": {name: master.detach() for name, master in self.masters.items()},
+            "optimizer": optimizer_state,
+        }
+        return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         weights = tensors["model"]
@@ -253,4 +298,6 @@ class TorchEngine:
             name, _, part = key.rpartition(":")
             master = self.masters[name]
             owner[id(master)].state[master][part] = value.clone() if part == "step" else value.to(self.device).clone()
+        if self.scaler is not None and "scaler" in tensors:
+            self.scaler.load_state_dict(tensors["scaler"])
         self._refresh_copies()

@@ -77,6 +77,10 @@ class Guard:
         self._remember(loss)
         return Verdict.APPLY
 
+    def note_overflow(self, step: int, sums: StepSums) -> None:
+        """Record that step `step` (counted from 0) is passed over because its gradients left fp16's range."""
+        self._record_event(step + 1, "overflow", f"gradients overflow at the loss scale {sums.loss_scale:g}")
+
     def deviations(self, loss: float) -> float:
         """How far a loss is above the recent ones; 0 while there are too few of them."""
         recent = self._state.recent_losses

@@ -63,12 +63,14 @@ def training_steps(
             return
         have_data = time.perf_counter()
         if guard.is_passed_over(step):
-            sums, grad_norm, verdict = StepSums(torch.zeros(()), 0), 0.0, Verdict.SKIP
+            sums, grad_norm, verdict, has_overflow = StepSums(torch.zeros(()), 0), 0.0, Verdict.SKIP, False
         else:
             sums = engine.forward_backward(batch, lambda row, step=step: seed_of(step, row), should_stop)  # type: ignore[misc]
             grad_norm = engine.gradient_norm()
             try:
-                verdict = guard.judge(step, sums, grad_norm)
+                if has_overflow := engine.has_overflow(sums):
+                    guard.note_overflow(step, sums)
+                verdict = Verdict.SKIP if has_overflow else guard.judge(step, sums, grad_norm)
             except NumericsError:
                 engine.discard_gradients()
                 raise
@@ -78,6 +80,8 @@ def training_steps(
             raise RewindWanted(step)
         with update:
             rates = engine.optimizer_step(lr_multiplier(step)) if verdict is Verdict.APPLY else {}
+            if has_overflow:
+                engine.shrink_scale()
             engine.discard_gradients()
             step += 1
             result = StepResult(

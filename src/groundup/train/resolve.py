@@ -13,6 +13,7 @@ from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.attention import AttentionMaker
 from groundup.parallel.world import World
+from groundup.train.combinations import refuse_clash
 from groundup.train.config import TrainConfig
 from groundup.train.duration import in_steps
 
@@ -23,11 +24,12 @@ LANE_TOKENS = 512
 CUDA_MICRO_BATCH_TOKENS = 16384
 GFLOPS_PER_CORE = {torch.float32: 50.0, torch.bfloat16: 200.0}
 """Nominal rates of a core, only to tell long runs from short ones."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 RESOLVED = "resolved.json"
-PINNED = ("precision", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes")
+PINNED = ("precision", "allow_tf32", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes")
 """What decides the bits: a resumed run keeps it."""
 SHARED = ("micro_batch_rows", "num_threads", "num_lanes")
 """What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
@@ -48,10 +50,11 @@ class Resolved:
     batch_rows: int
     total_steps: int
     num_ranks: int = 1
+    allow_tf32: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
 
 
 def resolve(
@@ -88,10 +91,11 @@ def resolve(
         )
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if device == "cuda" or machine.has_fast_bf16() else "fp32"
+        precision = "bf16" if (_is_ampere() if device == "cuda" else machine.has_fast_bf16()) else "fp32"
     attention = config.attention
     if attention == "auto":
         attention = "chunked" if device == "cpu" and precision == "bf16" else "sdpa"
+    refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
     total_steps = in_steps(
         config.duration, batch_rows=batch_rows, row_length=config.row_length, rows_per_epoch=rows_per_epoch
     )
@@ -114,7 +118,17 @@ def resolve(
         batch_rows=batch_rows,
         total_steps=total_steps,
         num_ranks=num_ranks,
+        allow_tf32=device == "cuda" and precision == "fp32" and _allows_tf32(config),
     )
+
+
+def _is_ampere() -> bool:
+    """Whether the CUDA device has bf16 and tf32 products (compute capability 8.0)."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _allows_tf32(config: TrainConfig) -> bool:
+    return _is_ampere() if config.allow_tf32 == "auto" else config.allow_tf32
 
 
 def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int, lanes: int) -> int:
@@ -136,7 +150,7 @@ def _compiles(config: TrainConfig, device: str, precision: str, flops: float) ->
         return config.compile
     if device == "cuda":
         return flops > COMPILE_PAYS_AFTER_CUDA_FLOPS
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     seconds = flops / (GFLOPS_PER_CORE[dtype] * 1e9 * machine.num_cores())
     return machine.has_compiler() and seconds > COMPILE_PAYS_AFTER_SECONDS
 
@@ -169,7 +183,7 @@ def resolve_once(
                 | {
                     name: before[name]
                     for name in PINNED
-                    if name not in changed and (is_same_world or name not in SHARED)
+                    if name in before and name not in changed and (is_same_world or name not in SHARED)
                 }
             )
         )
@@ -181,5 +195,6 @@ def apply_threads(resolved: Resolved) -> None:
     """Set the thread count and torch's deterministic algorithms for this process."""
     torch.set_num_threads(resolved.num_threads)
     if resolved.device == "cuda":
+        torch.set_float32_matmul_precision("high" if resolved.allow_tf32 else "highest")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

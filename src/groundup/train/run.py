@@ -16,6 +16,7 @@ from groundup.base.log import Progress
 from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
 from groundup.base.signals import StopRequest, stop_request
+from groundup.checkpoint.attempt import SUFFIX
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.optim.schedules import lr_multiplier
@@ -89,7 +90,8 @@ class TrainingRun:
         if found is None:
             return False
         self.state = TrainingState(**found.state)
-        self.engine.load_state_dict({name: found.tensors(name) for name in ("model", "optimizer")})
+        kept = [name for name in ("model", "optimizer", "scaler") if f"{name}{SUFFIX}" in found.files]
+        self.engine.load_state_dict({name: found.tensors(name) for name in kept})
         return True
 
     @property
@@ -319,6 +321,7 @@ class TrainingRun:
             "grad_norm": grad_norm,
             "lr": result.lr,
             "skipped_steps": state.skipped_steps,
+            **({} if result.sums.loss_scale is None else {"loss_scale": result.sums.loss_scale}),
         }
 
     def _look(self, stop: StopRequest) -> dict[str, dict[str, float]] | None:
@@ -430,5 +433,6 @@ class TrainingRun:
             "tokens_per_second": state.tokens / max(state.elapsed_seconds, 1e-9),
             "precision": self.resolved.precision,
             "compiled": self.resolved.compile,
+            **({} if self.engine.loss_scale is None else {"loss_scale": self.engine.loss_scale}),
             "peak_memory_bytes": peak_memory_bytes(),
         }
