@@ -127,7 +127,7 @@ def test_tokens_of_another_tokenizer_are_refused(folder, trained, doors, tokeniz
     with pytest.raises(SystemExit) as stop:
         doors["pretrain"].main(["--data_path", str(tokens), "--tokenizer", str(tokenizer_folder()), *SMALL])
     said = capsys.readouterr().err
-    assert stop.value.code == 3 and said.startswith("ERROR E-TOKENIZER-MISMATCH") and len(said.splitlines()) == 1
+    assert stop.value.code == 2 and said.startswith("ERROR E-TOKENIZER-MISMATCH") and len(said.splitlines()) == 1
 
 
 def test_a_placed_model_is_whole_or_the_one_before(trained, doors, monkeypatch):

@@ -42,7 +42,12 @@ def numerics(config: Config) -> dict[str, Any]:
         value = getattr(config, name)
         if is_cosmetic(field):
             continue
-        values[name] = numerics(value) if isinstance(value, Config) else config.model_dump(mode="json")[name]
+        if isinstance(value, Config):
+            values[name] = numerics(value)
+        elif isinstance(value, Mapping) and value and all(isinstance(entry, Config) for entry in value.values()):
+            values[name] = {key: numerics(entry) for key, entry in value.items()}
+        else:
+            values[name] = config.model_dump(mode="json")[name]
     return values
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from groundup.base.config import COSMETIC, Config
 
@@ -18,3 +18,14 @@ class TokensConfig(Config):
     """Tokens in one file at most."""
     num_workers: PositiveInt | Literal["auto"] = Field("auto", json_schema_extra=COSMETIC)
     """Processes that tokenize."""
+
+
+class SourceConfig(Config):
+    """One source of a mixture: a `tokens/` folder, or the documents of one entry of `corpus.source` in it."""
+
+    weight: PositiveFloat
+    """Its share of the tokens, relative to the other weights."""
+    tokens: str | None = Field(None, json_schema_extra=COSMETIC)  # the hash of its files stands for it
+    """The `tokens/` folder of another run, made with the same tokenizer; None takes the run's own."""
+    source: str | None = None
+    """Only documents of this source: the name of the file or folder that `corpus.source` named. None takes all."""

@@ -20,7 +20,7 @@ class _EpochOrder:
 
     def __init__(self, store: TokenStore, seed: int, epoch: int) -> None:
         self.store = store
-        self.order = np.arange(store.num_documents, dtype=np.uint32)
+        self.order = store.numbers()
         np.random.Generator(np.random.PCG64(derive_seed(seed, "documents", epoch))).shuffle(self.order)
         sums = [
             int(store.lengths(self.order[begin : begin + BLOCK]).sum()) for begin in range(0, len(self.order), BLOCK)
@@ -51,6 +51,11 @@ class PackedDocuments:
         self.rows_per_epoch = -(-(store.num_tokens - 1) // row_length)
         self._order = lru_cache(maxsize=2)(lambda epoch: _EpochOrder(store, seed, epoch))
         self._visit = lru_cache(maxsize=2)(lambda epoch: Permutation(self.rows_per_epoch, seed, "rows", epoch))
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the places that hold no token."""
+        return 1 - (self.store.num_tokens - 1) / (self.rows_per_epoch * self.row_length)
 
     def _pieces(self, index: int) -> list[tuple[int, NDArray[np.int64], bool]]:
         """(document, ids, begins here) of what row `index` and its one token of overlap read."""

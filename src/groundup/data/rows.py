@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundup.data.token_store import TokenStore
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.segments import Segments
 
@@ -57,6 +58,17 @@ class RowSource(Protocol):
 
     def documents_of(self, index: int) -> list[int]:
         """Numbers of the documents that row `index` holds a part of."""
+        ...
+
+
+class DocumentRows(RowSource, Protocol):
+    """Rows of a token store."""
+
+    store: TokenStore
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the places that hold no token."""
         ...
 
 

@@ -1,5 +1,6 @@
 """Token files: flat integers, memory-mapped, with the offset of every document and a record of where it came from."""
 
+import copy
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from groundup.base.errors import DataError
@@ -63,7 +65,7 @@ class TokenWriter:
 
 
 class TokenStore:
-    """Documents of one split as arrays of ids. Costs no memory but the page cache."""
+    """Documents of one split, or of one source of it, as arrays of ids. Costs no memory but the page cache."""
 
     def __init__(self, folder: Path, split: Split, *, vocab_size: int) -> None:
         self.folder, self.split = folder, split
@@ -83,8 +85,38 @@ class TokenStore:
                     where=path,
                     next="run `groundup tokenize` again",
                 )
+        self._chosen: NDArray[np.uint8] | None = None
         self.num_documents = int(self._first_document[-1])
         self.num_tokens = sum(len(tokens) for tokens in self._tokens)
+
+    def only(self, source: str) -> "TokenStore":
+        """The documents of one source of the corpus, numbered as here; 1/8 byte a document. Raises DataError for none."""
+        is_chosen = np.zeros(int(self._first_document[-1]), dtype=bool)
+        others: set[str] = set()
+        for path, first in zip(self.paths, self._first_document.tolist(), strict=False):
+            with path.with_suffix(".records.jsonl").open("rb") as file:
+                for number, line in enumerate(file, start=first):
+                    name = orjson.loads(line).get("source")
+                    is_chosen[number] = name == source
+                    others.add(str(name))
+        if not is_chosen.any():
+            raise DataError(
+                "E-SOURCE-NONE",
+                what=f"no {self.split} document is of the source {source!r}",
+                where=self.folder,
+                next=f"its sources: {', '.join(sorted(others)[:8])}",
+            )
+        part = copy.copy(self)
+        part._chosen = np.packbits(is_chosen)
+        part.num_documents = int(is_chosen.sum())
+        part.num_tokens = int(self.lengths(np.flatnonzero(is_chosen)).sum())
+        return part
+
+    def numbers(self) -> NDArray[np.uint32]:
+        """Numbers of the documents, in the order in which they were written."""
+        if self._chosen is None:
+            return np.arange(self.num_documents, dtype=np.uint32)
+        return np.flatnonzero(np.unpackbits(self._chosen)).astype(np.uint32)
 
     def lengths(self, documents: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Tokens of each document, its two end-of-text tokens included."""
@@ -106,7 +138,7 @@ class TokenStore:
 
     def documents(self) -> Iterator[NDArray[Any]]:
         """All documents in the order in which they were written."""
-        for index in range(self.num_documents):
+        for index in self.numbers().tolist():
             yield self.document(index)
 
     def record(self, index: int) -> dict[str, Any]:

@@ -5,11 +5,16 @@ from typing import Literal
 from pydantic import Field
 
 from groundup.adapters.config import AdapterConfig
+from groundup.data.config import SourceConfig
 from groundup.train.config import TrainConfig
 
 
 class PretrainConfig(TrainConfig):
-    """Pretraining on the run's tokens."""
+    """Pretraining on the run's tokens, or on a mixture."""
+
+    mixture: dict[str, SourceConfig] = Field({})
+    """Sources by name, such as {web: {source: web.jsonl, weight: 0.7}, code: {tokens: runs/code/tokens, weight: 0.3}}.
+    Each is read pass after pass in an order of its own; empty takes the run's tokens as they are."""
 
 
 class FinetuneConfig(TrainConfig, AdapterConfig):

@@ -11,12 +11,13 @@ from groundup.base.files import atomic_write
 from groundup.base.log import Log
 from groundup.base.seeding import derive_seed
 from groundup.data.chat_rows import PackedChats
+from groundup.data.mixture import MixedRows
 from groundup.model.loss import IGNORE_INDEX
 from groundup.report.token_view import Kind, MarkedRow, for_terminal, legend, page
 from groundup.stages.chat_data import load_chats
 from groundup.stages.chat_samples import marked_pieces
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
-from groundup.stages.pretrain import pretraining_rows
+from groundup.stages.text_rows import open_rows, text_sources
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
@@ -50,18 +51,21 @@ def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | 
 def inspect_tokens(work: Work, *, count: int, html: Path | None) -> None:
     """Show the first rows of pretraining: documents, their borders, and where one is cut by the row's end."""
     recipe = work.recipe
-    work.run.committed("tokens")
+    config = work.needed(recipe.pretrain, "pretrain")
+    sources = text_sources(work, config)
     tokenizer = TextTokenizer(work.path("tokenizer"))
-    rows = pretraining_rows(work, tokenizer, "train")
+    rows = open_rows(sources, config, seed=recipe.seed, vocab_size=tokenizer.vocab_size, log=work.log).train
     marked = []
     for index in range(min(count, rows.rows_per_epoch)):
         tokens, labels, starts = rows.row(index)
-        documents = rows.documents_of(index)
+        source, number = rows.locate(index) if isinstance(rows, MixedRows) else (rows, index)
+        documents = source.documents_of(number)
         kinds = _kinds(tokens, labels, starts, len(tokens), {tokenizer.end_of_text_id})
         if tokens[0] != tokenizer.end_of_text_id:
             kinds[0] = "cut"
-        names = ", ".join(str(rows.store.record(document).get("file")) for document in documents[:4])
-        title = f"row {index}: {len(documents)} documents ({names}{', …' if len(documents) > 4 else ''})"
+        names = ", ".join(str(source.store.record(document).get("file")) for document in documents[:4])
+        of = f" of {rows.names[rows.source_of(index)]}" if isinstance(rows, MixedRows) else ""
+        title = f"row {index}{of}: {len(documents)} documents ({names}{', …' if len(documents) > 4 else ''})"
         marked.append(MarkedRow(title, marked_pieces(tokenizer, tokens, kinds)))
     _show(work.log, f"{recipe.name}: rows of pretraining", marked, html)
 

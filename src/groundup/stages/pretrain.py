@@ -7,17 +7,25 @@ import numpy as np
 import torch
 
 from groundup.base import machine
-from groundup.base.artifact import StageKey, verify, write_summary
+from groundup.base.artifact import StageKey, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import save_model
-from groundup.data.packing import PackedDocuments
-from groundup.data.token_store import Split, TokenStore
+from groundup.data.mixture import MixedRows
 from groundup.generate.text import continue_text
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.stages.text_rows import (
+    describe_mixture,
+    hashes_of,
+    name_documents,
+    open_rows,
+    source_figures,
+    text_sources,
+    verify_all,
+)
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.train.job import TrainingJob
@@ -32,22 +40,18 @@ def pretrain(work: Work) -> dict[str, Any]:
     recipe, run = work.recipe, work.run
     config = work.needed(recipe.pretrain, "pretrain")
     shape = work.needed(recipe.model, "model")
-    tokens, tokenizer_manifest = run.committed("tokens"), run.committed("tokenizer")
-    inputs = {
-        "train": tokens.output_hash("train-"),
-        "validation": tokens.output_hash("validation-"),
-        "tokenizer": tokenizer_manifest.output_hash("tokenizer.json"),
-    }
+    sources = text_sources(work, config)
+    inputs = hashes_of(sources) | {"tokenizer": run.committed("tokenizer").output_hash("tokenizer.json")}
     settings = {"seed": recipe.seed, "model": numerics(shape), "pretrain": numerics(config)}
     attempt = work.begin_training(StageKey(STAGE, CODE_VERSION, settings, inputs))
     if attempt is None:
         summary = read_json(work.path(STAGE) / "summary.json")
         work.log.say(f"pretrain  unchanged  {summary['num_parameters']:,} parameters")
         return summary
-    verify(work.path("tokens"), tokens)
+    verify_all(sources)
     tokenizer = TextTokenizer(work.path("tokenizer"))
     shape = resolve_vocabulary(shape, tokenizer)
-    rows = {split: pretraining_rows(work, tokenizer, split) for split in ("train", "validation")}
+    rows = open_rows(sources, config, seed=recipe.seed, vocab_size=tokenizer.vocab_size, log=work.log)
     check_positions(shape, config.row_length)
     model = CausalLM(shape)
     model.initialize(torch.Generator().manual_seed(derive_seed(recipe.seed, "weights")))
@@ -59,13 +63,13 @@ def pretrain(work: Work) -> dict[str, Any]:
         config=config,
         seed=recipe.seed,
         model=model,
-        source=rows["train"],
-        validation={"text": rows["validation"]},
+        source=rows.train,
+        validation=rows.validation,
         folder=attempt.folder,
         run_id=run.run_id,
         changes=attempt.changes,
         log=work.log,
-        name_documents=lambda step: name_documents(rows["train"], step * batch_rows, batch_rows),
+        name_documents=lambda step: name_documents(rows.train, step * batch_rows, batch_rows),
         sample=lambda live, prompt: continue_text(
             live, tokenizer, prompt, max_new_tokens=config.sample_tokens, seed=recipe.seed
         ),
@@ -75,25 +79,22 @@ def pretrain(work: Work) -> dict[str, Any]:
     )
     began = time.monotonic()
     training = TrainingRun(job)
-    work.log.say(describe_run(STAGE, training, model.num_parameters(), rows["train"].rows_per_epoch))
+    work.log.say(describe_run(STAGE, training, model.num_parameters(), rows.train.rows_per_epoch))
+    if isinstance(rows.train, MixedRows):
+        work.log.say(f"  mixture of {describe_mixture(rows.train, training.resolved.total_steps * batch_rows)}")
     outcome = training.run()
     if not work.world.is_first:
         return outcome.figures
     save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
     summary = {"num_parameters": model.num_parameters(), **outcome.figures, "stage_seconds": time.monotonic() - began}
+    if isinstance(rows.train, MixedRows):
+        summary["sources"] = source_figures(rows.train, summary["steps"] * batch_rows)
     write_summary(attempt.folder, summary)
     run.commit(attempt)
     work.log.say(
         f"pretrain  {summary['tokens']:,} tokens  {summary['tokens_per_second']:,.0f} tokens/s  {summary['seconds']:.1f} s"
     )
     return summary
-
-
-def pretraining_rows(work: Work, tokenizer: TextTokenizer, split: Split) -> PackedDocuments:
-    """The rows of a split as the model sees them: whoever trains on them or shows them takes them from here."""
-    config = work.needed(work.recipe.pretrain, "pretrain")
-    store = TokenStore(work.path("tokens"), split, vocab_size=tokenizer.vocab_size)
-    return PackedDocuments(store, row_length=config.row_length, seed=work.recipe.seed)
 
 
 def resolve_vocabulary(shape: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
@@ -118,16 +119,6 @@ def check_positions(shape: ModelConfig, row_length: int) -> None:
             what=f"{row_length=} exceeds max_position_embeddings={shape.max_position_embeddings}",
             next="shorten the rows or raise max_position_embeddings",
         )
-
-
-def name_documents(rows: PackedDocuments, first_row: int, count: int) -> str:
-    """Sources and places of the first documents in some rows, for an error line."""
-    documents = sorted({document for row in range(first_row, first_row + count) for document in rows.documents_of(row)})
-    named = []
-    for document in documents[:3]:
-        record = rows.store.record(document)
-        named.append(f"{record.get('file', record.get('id'))} byte {record.get('offset', 0)}")
-    return f"{len(documents)} documents: {', '.join(named)}{', …' if len(documents) > 3 else ''}"
 
 
 def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per_epoch: int) -> str:

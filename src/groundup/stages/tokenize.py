@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from groundup.base.artifact import SUMMARY, StageKey, read_manifest, verify, write_summary
+from groundup.base.artifact import SUMMARY, Manifest, StageKey, read_manifest, verify, write_summary
 from groundup.base.config import numerics
-from groundup.base.errors import DataError
+from groundup.base.errors import ConfigError, DataError
 from groundup.base.files import read_json
 from groundup.base.machine import num_cores
 from groundup.base.processes import map_in_order
@@ -100,24 +100,31 @@ def tokenize(work: Work) -> dict[str, Any]:
     return summary
 
 
-def _take_over(work: Work, source: Path) -> dict[str, Any]:
-    """Make `tokens/` from another run's finished tokens. Raises DataError if they were made with another tokenizer."""
-    manifest = read_manifest(source)
+def finished_tokens(folder: Path, tokenizer_hash: str) -> Manifest:
+    """Manifest of another run's tokens. Raises DataError where none are finished, ConfigError for another tokenizer's."""
+    manifest = read_manifest(folder)
     if manifest is None or manifest.stage != STAGE:
         raise DataError(
             "E-TOKENS-NONE",
             what="no finished tokens here (no MANIFEST.json of tokenize)",
-            where=source,
+            where=folder,
             next="give the tokens/ folder of a run",
         )
-    tokenizer_hash = work.run.committed("tokenizer").output_hash("tokenizer.json")
-    if manifest.inputs.get("tokenizer") != tokenizer_hash:
-        raise DataError(
+    theirs = manifest.inputs.get("tokenizer", "")
+    if theirs != tokenizer_hash:
+        raise ConfigError(
             "E-TOKENIZER-MISMATCH",
-            what="these tokens were made with another tokenizer",
-            where=source,
-            next=f"give the one in {source.parent / 'tokenizer'}",
+            what=f"these tokens were made with another tokenizer (hash {theirs[:8]}… != {tokenizer_hash[:8]}…)",
+            where=folder,
+            next=f"take the one in {folder.parent / 'tokenizer'} for all of them, or tokenize that text again",
         )
+    return manifest
+
+
+def _take_over(work: Work, source: Path) -> dict[str, Any]:
+    """Make `tokens/` from another run's finished tokens."""
+    tokenizer_hash = work.run.committed("tokenizer").output_hash("tokenizer.json")
+    manifest = finished_tokens(source, tokenizer_hash)
     inputs = {"tokens": manifest.output_hash(), "tokenizer": tokenizer_hash}
     attempt = work.run.begin(StageKey(STAGE, CODE_VERSION, {}, inputs), work.policy)
     if attempt is None:

@@ -13,7 +13,7 @@ from groundup.parallel.checks import refuse_mismatch
 from groundup.parallel.world import World
 from groundup.stages.recipe import Recipe
 
-PLACE_OF_DATA = ("batch_size_tokens", "row_length")
+PLACE_OF_DATA = {"batch_size_tokens", "row_length", "mixture", "weight", "replay_every"}
 """Settings in which a run counts its place: with others, rows would be left out or come twice."""
 
 Section = TypeVar("Section", bound=Config)
@@ -46,7 +46,7 @@ class Work:
 
         Raises DistributedError for ranks that would run different things.
         """
-        fixed = [name for name in self.policy.allow_change if name.split(".")[-1] in PLACE_OF_DATA]
+        fixed = [name for name in self.policy.allow_change if PLACE_OF_DATA.intersection(name.split("."))]
         if fixed:
             raise ConfigError(
                 "E-CONFIG-ALLOW",
