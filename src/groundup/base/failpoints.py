@@ -2,8 +2,9 @@
 
 `GROUNDUP_FAILPOINT=NAME:ACTION:NTH` makes the NTH passage (from 1) through `reach("NAME")` fail, ACTION being
 kill (SIGKILL to this process), raise (RuntimeError), enospc (OSError, disk full), stall (sleep for an hour), slow
-(half a second, at this and every later passage), or nan (the caller is told to spoil its numbers). `GROUNDUP_FAILPOINT=NAME:ACTION:NTH:RANK` does so in the process of that
-rank alone.
+(half a second, at this and every later passage), oom (the RuntimeError of torch's CPU allocator), or nan (the caller
+is told to spoil its numbers). `GROUNDUP_FAILPOINT=NAME:ACTION:NTH:RANK` does so in the process of that rank alone; NTH
+may be several numbers, as in `2+3`.
 """
 
 import errno
@@ -26,10 +27,11 @@ def reach(name: str) -> bool:
     if wanted_name != name or (ranks and os.environ.get("RANK", "0") not in ranks):
         return False
     _passages[name] += 1
-    if action == "slow" and _passages[name] >= int(nth):
+    wanted_passages = [int(number) for number in nth.split("+")]
+    if action == "slow" and _passages[name] >= wanted_passages[0]:
         time.sleep(SLOW_SECONDS)
         return False
-    if _passages[name] != int(nth):
+    if _passages[name] not in wanted_passages:
         return False
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -37,6 +39,8 @@ def reach(name: str) -> bool:
         raise RuntimeError(f"failpoint {name}")
     elif action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    elif action == "oom":
+        raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: failpoint {name}")
     elif action == "stall":
         time.sleep(3600)
     elif action != "nan":

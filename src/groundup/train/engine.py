@@ -18,6 +18,7 @@ from groundup.optim.config import OptimConfig
 from groundup.optim.groups import build_optimizers, set_lr
 from groundup.parallel.world import World
 from groundup.train.lanes import Lanes
+from groundup.train.out_of_memory import is_out_of_memory, smaller_micro_batch
 from groundup.train.scaler import LossScaler
 
 
@@ -131,8 +132,28 @@ class TorchEngine:
         seed_of: Callable[[int], int],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> StepSums:
-        """As the Protocol says; the divisor is counted before the first backward."""
+        """As the Protocol says; the divisor is counted before the first backward.
 
+        Where memory is refused, the step begins anew with micro-batches of half as many rows, and they stay so. Raises
+        DoesNotFit where a single row is too much, DistributedError where there are other ranks.
+        """
+        while True:
+            try:
+                return self._try_forward_backward(batch, seed_of, should_stop)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # not in the handler: there the error still holds the tensors of the pass that failed
+            self.micro_batch_rows = smaller_micro_batch(self.micro_batch_rows, self.world)
+            self.discard_gradients()
+            for copy in self._copies.values():
+                copy.grad = None
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+
+    def _try_forward_backward(
+        self, batch: RowBatch, seed_of: Callable[[int], int], should_stop: Callable[[], bool]
+    ) -> StepSums:
         def begins() -> Iterator[int]:
             for begin in share:
                 if should_stop():

@@ -7,7 +7,7 @@ to wait for.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -42,12 +42,15 @@ class Lanes:
             yield from map(function, parts)
             return
         at_work: deque[Future[Result]] = deque()
-        for part in parts:
-            if len(at_work) == self.num_lanes:
+        try:
+            for part in parts:
+                if len(at_work) == self.num_lanes:
+                    yield at_work.popleft().result()
+                at_work.append(self._pool.submit(function, part))
+            while at_work:
                 yield at_work.popleft().result()
-            at_work.append(self._pool.submit(function, part))
-        while at_work:
-            yield at_work.popleft().result()
+        finally:
+            wait(at_work)  # after an error, nothing of these parts computes or holds memory any more
 
 
 def _use_threads(num_threads: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,18 @@ COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 RESOLVED = "resolved.json"
-PINNED = ("precision", "allow_tf32", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes")
+PINNED = (
+    "precision",
+    "allow_tf32",
+    "attention",
+    "micro_batch_rows",
+    "compile",
+    "num_threads",
+    "num_lanes",
+    "shrunk_from",
+)
 """What decides the bits: a resumed run keeps it."""
-SHARED = ("micro_batch_rows", "num_threads", "num_lanes")
+SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")
 """What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
 
 
@@ -51,6 +60,8 @@ class Resolved:
     total_steps: int
     num_ranks: int = 1
     allow_tf32: bool = False
+    shrunk_from: int | None = None
+    """Rows of a micro-batch before memory ran out; None where it did not."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,6 +200,17 @@ def resolve_once(
         )
     write_json(path, asdict(fresh))
     return fresh
+
+
+def shrink_for_good(folder: Path, resolved: Resolved, micro_batch_rows: int) -> Resolved:
+    """Smaller micro-batches from here on, in every resume too."""
+    shrunk = replace(
+        resolved,
+        micro_batch_rows=micro_batch_rows,
+        shrunk_from=resolved.shrunk_from or resolved.micro_batch_rows,
+    )
+    write_json(folder / RESOLVED, asdict(shrunk))
+    return shrunk
 
 
 def apply_threads(resolved: Resolved) -> None:

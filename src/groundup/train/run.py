@@ -26,8 +26,9 @@ from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
+from groundup.train.out_of_memory import does_not_fit, is_out_of_memory
 from groundup.train.records import JsonLines, NoLines
-from groundup.train.resolve import Resolved, apply_threads, resolve_once
+from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good
 from groundup.train.saving import checkpoint_bytes, find_checkpoint
 from groundup.train.state import TrainingState
 from groundup.train.validation import validation_figures
@@ -73,6 +74,8 @@ class TrainingRun:
             keep_every=self._intervals["keep_every"] or None,
         )
         self.is_resumed = self._load()
+        if self.resolved.shrunk_from is not None:
+            self.state.is_exact = False
         if not self.is_resumed and self.world.is_first:
             self.store.preflight(checkpoint_bytes(self.engine))
         self.metrics = self._records("metrics.jsonl", keep_bytes=self.state.metrics_bytes)
@@ -171,9 +174,11 @@ class TrainingRun:
                     self._save(wait=True)
                     self.world.barrier()
                     raise
-                except Exception:
+                except Exception as error:
                     with suppress(CheckpointError):  # the write at work comes to its end before an error ends the run
                         self.store.finish()
+                    if is_out_of_memory(error):
+                        raise does_not_fit(f"step {self.state.step + 1}") from None
                     raise
             self._save(wait=True)
         return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
@@ -221,6 +226,7 @@ class TrainingRun:
             self._save()
         for result in steps:
             self.world.report(result.step)
+            self._note_shrunk(result.step)
             is_saved = result.step == total or self._is_due("checkpoint_every")
             if is_saved or result.step % self.job.compare_every == 0:
                 refuse_divergence(self.world, result.step, self.engine.masters)
@@ -308,6 +314,7 @@ class TrainingRun:
         state.tokens = result.step * self.config.batch_size_tokens
         state.loss_tokens += result.sums.num_loss_tokens
         state.skipped_steps += int(result.is_skipped)
+        state.is_exact &= self.engine.micro_batch_rows == self.resolved.micro_batch_rows
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.look_loss = None
         loss, grad_norm = (None, None) if result.is_skipped else (result.sums.loss, result.grad_norm)
@@ -364,6 +371,16 @@ class TrainingRun:
             self._stragglers.add(slowest.rank)
             self._event(result.step, "straggler", slowest.words)
             self.job.log.warn("W-STRAGGLER", slowest.words)
+
+    def _note_shrunk(self, step: int) -> None:
+        """Memory ran out in this step, which was computed again in smaller micro-batches: every later one is too."""
+        before, rows = self.resolved.micro_batch_rows, self.engine.micro_batch_rows
+        if rows == before:
+            return
+        self.resolved = shrink_for_good(self.job.folder, self.resolved, rows)
+        detail = f"out of memory with micro-batches of {before} rows: {rows} from here on, the same batch"
+        self._event(step, "oom", detail)
+        self.job.log.warn("W-OOM", f"step {step}: {detail}; the run is marked exact: false")
 
     def _event(self, step: int, kind: str, detail: Any) -> None:
         self.events.write({"step": step, "kind": kind, "detail": detail})
