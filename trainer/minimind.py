@@ -302,7 +302,7 @@ def _training(flags: argparse.Namespace, log: Any) -> dict[str, Any]:
         "betas": (0.9, 0.999),
         "weight_decay": 0.01,
         "schedule": "cosine",
-        "warmup_steps": 0,
+        "warmup": "0 %",
         "lr_floor": 0.1,
         "max_grad_norm": flags.grad_clip,
         "device": flags.device.removesuffix(":0"),

@@ -130,7 +130,7 @@ def test_flags_become_the_fields_of_the_recipe(doors, folder):
     assert (training.micro_batch_rows, training.max_grad_norm, training.compile) == (8, 0.5, False)
     assert (training.log_every, training.checkpoint_every) == ("24 rows", "56 rows")
     assert (training.optimizer, training.betas, training.weight_decay) == ("adamw", (0.9, 0.999), 0.01)
-    assert (training.schedule, training.warmup_steps, training.lr_floor) == ("cosine", 0, 0.1)
+    assert (training.schedule, training.warmup, training.lr_floor) == ("cosine", "0 %", 0.1)
     assert recipe.corpus.num_workers == recipe.tokens.num_workers == 1 and recipe.tokenizer.vocab_size == 6400
 
 

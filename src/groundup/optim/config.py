@@ -1,10 +1,35 @@
 """Optimizer and schedule fields of the recipe's training sections."""
 
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from groundup.base.config import Config
+from groundup.base.duration import parse
+
+_SHARE = re.compile(r"\s*([0-9]+\.?[0-9]*)\s*%\s*")
+
+
+def parse_warmup(text: str) -> tuple[float, str]:
+    """(number, unit) of a share such as `2 %`, or of a length, which may be 0. Raises ValueError."""
+    share = _SHARE.fullmatch(text)
+    if share is None:
+        return parse(text, may_be_zero=True)
+    if not 0 <= float(share.group(1)) <= 100:
+        raise ValueError("a share is between 0 % and 100 %")
+    return float(share.group(1)), "%"
+
+
+def _check_warmup(value: Any) -> Any:
+    if isinstance(value, str):
+        parse_warmup(value)
+        return value
+    raise ValueError("a warmup is a share such as '2 %', or a length such as '200 steps' or '1e6 tokens'")
+
+
+Warmup = Annotated[str, BeforeValidator(_check_warmup)]
+"""A text such as `2 %`, `200 steps` or `1e6 tokens`."""
 
 
 class OptimConfig(Config):
@@ -22,11 +47,26 @@ class OptimConfig(Config):
     """Decoupled decay of matrices; embeddings, norms and biases get none. A step shrinks them by lr × weight_decay."""
     muon_weight_decay: NonNegativeFloat = 0.0
     muon_momentum: float = Field(0.95, ge=0, lt=1)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after warmup."""
-    warmup_steps: NonNegativeInt | Literal["auto"] = "auto"
-    """Steps of linear warmup; auto takes 2 % of all steps."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after warmup. wsd (warmup, stable, decay) stays at the peak and decays at the end: a
+    longer duration continues the stable part. inverse_sqrt falls with the root of the steps, whatever the duration."""
+    warmup: Warmup = "2 %"
+    """Linear warmup: a share of the run such as `2 %`, or a length such as `200 steps` or `1e6 tokens`."""
     lr_floor: float = Field(0.1, ge=0, le=1)
-    """The last step's share of the peak learning rate."""
+    """The last step's share of the peak learning rate; inverse_sqrt never falls below it, constant has none."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the run in which wsd decays."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "sqrt"
+    """How wsd decays; sqrt is 1 - sqrt(progress) (arXiv:2405.18392)."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients with a larger norm are scaled down to it; None never clips."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_warmup_steps(cls, values: Any) -> Any:
+        """`warmup_steps`, as the field was called when it knew steps alone, is a warmup of so many steps."""
+        if not isinstance(values, dict) or "warmup_steps" not in values or "warmup" in values:
+            return values
+        steps = values["warmup_steps"]
+        rest = {name: value for name, value in values.items() if name != "warmup_steps"}
+        return rest | {"warmup": "2 %" if steps == "auto" else f"{steps} steps"}

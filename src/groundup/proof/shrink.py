@@ -89,8 +89,8 @@ def _shorter(name: str, section: TrainConfig, folder: Path, said: list[str]) -> 
         "sample_prompts": section.sample_prompts[:1],
         "sample_tokens": min(section.sample_tokens, 4),
     }
-    if section.warmup_steps != "auto":
-        update["warmup_steps"] = min(section.warmup_steps, NUM_STEPS // 2)
+    if not section.warmup.strip().endswith("%"):
+        update["warmup"] = f"{NUM_STEPS // 2} steps"
     if isinstance(section, FinetuneConfig):
         update |= _sampled_chats(name, section, folder)
     said.append(

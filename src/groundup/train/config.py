@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from groundup.base.config import COSMETIC
+from groundup.base.duration import Duration
 from groundup.optim.config import OptimConfig
-from groundup.train.duration import Duration
 
 
 class TrainConfig(OptimConfig):

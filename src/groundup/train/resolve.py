@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from groundup.base import machine
+from groundup.base.duration import in_steps
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.attention import AttentionMaker
+from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.world import World
 from groundup.train.combinations import refuse_clash
 from groundup.train.config import TrainConfig
-from groundup.train.duration import in_steps
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens at work whose activations stay in a CPU's last-level cache; lanes share them."""
@@ -29,6 +30,7 @@ COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 RESOLVED = "resolved.json"
+<<<<<<< HEAD
 PINNED = (
     "precision",
     "allow_tf32",
@@ -41,6 +43,13 @@ PINNED = (
 )
 """What decides the bits: a resumed run keeps it."""
 SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")
+=======
+PINNED = ("precision", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes", "warmup_steps")
+"""What decides the bits: a resumed run keeps it. A longer duration leaves a warmup in % as it was."""
+SETTINGS = {"warmup_steps": "warmup"}
+"""Setting that a pinned value comes from, where its name is another."""
+SHARED = ("micro_batch_rows", "num_threads", "num_lanes")
+>>>>>>> c119595 ([optim] WSD and inverse square root; warmup as a share, steps or tokens)
 """What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
 
 
@@ -58,6 +67,7 @@ class Resolved:
     """Micro-batches computed at the same time."""
     batch_rows: int
     total_steps: int
+    warmup_steps: int
     num_ranks: int = 1
     allow_tf32: bool = False
     shrunk_from: int | None = None
@@ -77,7 +87,7 @@ def resolve(
     world: World | None = None,
 ) -> Resolved:
     """Resolve a section; threads and lanes are those of one rank. Raises ConfigError for a batch that its rows do not
-    divide, and for fewer CUDA devices than ranks."""
+    divide, for a warmup longer than the run, and for fewer CUDA devices than ranks."""
     num_ranks, num_local = (world.size, world.num_local) if world is not None else (1, 1)
     if config.batch_size_tokens % config.row_length:
         nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
@@ -106,10 +116,15 @@ def resolve(
     attention = config.attention
     if attention == "auto":
         attention = "chunked" if device == "cpu" and precision == "bf16" else "sdpa"
+<<<<<<< HEAD
     refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
     total_steps = in_steps(
         config.duration, batch_rows=batch_rows, row_length=config.row_length, rows_per_epoch=rows_per_epoch
     )
+=======
+    sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
+    total_steps = in_steps(config.duration, **sizes)
+>>>>>>> c119595 ([optim] WSD and inverse square root; warmup as a share, steps or tokens)
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
     num_threads = max(1, num_threads // num_local)
     share_rows = -(-batch_rows // num_ranks)
@@ -128,6 +143,7 @@ def resolve(
         num_lanes=min(lanes, -(-share_rows // micro_batch_rows)),
         batch_rows=batch_rows,
         total_steps=total_steps,
+        warmup_steps=warmup_steps_of(config.warmup, total_steps, **sizes),
         num_ranks=num_ranks,
         allow_tf32=device == "cuda" and precision == "fp32" and _allows_tf32(config),
     )
@@ -194,7 +210,13 @@ def resolve_once(
                 | {
                     name: before[name]
                     for name in PINNED
+<<<<<<< HEAD
                     if name in before and name not in changed and (is_same_world or name not in SHARED)
+=======
+                    if name in before
+                    and SETTINGS.get(name, name) not in changed
+                    and (is_same_world or name not in SHARED)
+>>>>>>> c119595 ([optim] WSD and inverse square root; warmup as a share, steps or tokens)
                 }
             )
         )

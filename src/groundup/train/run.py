@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from groundup.base.duration import in_steps
 from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
 from groundup.base.failpoints import reach
 from groundup.base.log import Progress
@@ -21,7 +22,6 @@ from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
-from groundup.train.duration import in_steps
 from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
@@ -210,7 +210,7 @@ class TrainingRun:
         steps = training_steps(
             self.engine,
             batches,
-            lambda step: lr_multiplier(step, self.config, total),
+            lambda step: lr_multiplier(step, self.config, total_steps=total, warmup_steps=self.resolved.warmup_steps),
             Guard(self.config, self.state, self.job.log, self.job.name_documents, self._event),
             start_step=self.state.step,
             seed_of=lambda step, row: derive_seed(self.job.seed, self.job.name, "dropout", step, row),

@@ -16,7 +16,7 @@ def _check(value: Any) -> Any:
     return value
 
 
-def parse(text: str) -> tuple[float, str]:
+def parse(text: str, *, may_be_zero: bool = False) -> tuple[float, str]:
     """(number, unit) of a text such as `500 steps` or `2e9 tokens`. Raises ValueError."""
     match = _PATTERN.fullmatch(text)
     unit = match.group(2) if match else ""
@@ -24,7 +24,7 @@ def parse(text: str) -> tuple[float, str]:
     if not match or unit not in UNITS:
         raise ValueError(f"a length is a number and one of {', '.join(UNITS)}, such as '500 steps' or '2e9 tokens'")
     number = float(match.group(1))
-    if not 0 < number < math.inf:
+    if number == math.inf or (number == 0 and not may_be_zero):
         raise ValueError("a length must be greater than 0 and finite")
     return number, unit
 

@@ -1,9 +1,16 @@
 """Lengths in words."""
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from groundup.train.duration import in_steps, parse
+from groundup.base.duration import Duration, in_steps, parse
+
+
+class Section(BaseModel):
+    """A section with a length."""
+
+    duration: Duration
+
 
 SIZES = {"batch_rows": 4, "row_length": 16, "rows_per_epoch": 10}
 
@@ -29,11 +36,11 @@ def test_good_lengths(text, expected):
     ["", "500", "steps", "5 seconds", "5 minutes", "-5 steps", "0 steps", "0.0 epochs", "1e999 steps", "nan steps",
      "1.2.3 steps", ". steps", "5 steps 6", "five steps", "5 Steps", "1e steps"],
 )  # fmt: skip
-def test_bad_lengths(text, make_config):
+def test_bad_lengths(text):
     with pytest.raises(ValueError, match=r"length|float"):
         parse(text)
     with pytest.raises(ValidationError):
-        make_config(duration=text)
+        Section(duration=text)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +64,11 @@ def test_lengths_in_steps(text, steps):
 
 def test_rounding_of_floats_adds_no_step():
     assert in_steps("0.3 epochs", batch_rows=3, row_length=16, rows_per_epoch=10) == 1
+
+
+def test_nothing_is_a_length_only_where_it_may_be():
+    assert parse("0 tokens", may_be_zero=True) == (0.0, "tokens")
+    with pytest.raises(ValueError, match="greater than 0"):
+        parse("0 tokens")
+    with pytest.raises(ValueError, match="finite"):
+        parse("1e999 tokens", may_be_zero=True)
