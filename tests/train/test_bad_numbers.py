@@ -98,7 +98,7 @@ def test_a_multiplication_by_zero_would_be_seen(make_job, monkeypatch):
     whole = TorchEngine.optimizer_step
 
     def judge(self, step, sums, grad_norm):
-        self._state.spoiled = not (torch.isfinite(torch.tensor(grad_norm)) and torch.isfinite(sums.loss_sum))
+        self._state.spoiled = not (torch.isfinite(torch.tensor(grad_norm)) and torch.isfinite(sums.nll_sum))
         return Verdict.APPLY
 
     def times_zero(engine, lr_multiplier):

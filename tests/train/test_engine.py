@@ -1,5 +1,7 @@
 """One optimizer step: sums, gradients, precision, state."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from groundup.base.errors import CheckpointError, NumericsError
 from groundup.base.log import Log
 from groundup.data.rows import RowBatch
+from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
@@ -65,6 +68,46 @@ def test_lanes_change_no_bit(make_model, dtype):
     for part, group in states[0].items():
         for other in states[1:]:
             assert all(torch.equal(group[name], other[part][name]) for name in group), part
+
+
+@pytest.fixture
+def two_terms(monkeypatch):
+    """A model whose objective has a second term: a tenth of the squared logits of each row's first supervised token."""
+    honest = CausalLM.forward
+
+    def forward(self, tokens_BT, segments, labels_BT):
+        sums = honest(self, tokens_BT, segments, labels_BT)
+        is_supervised_BT = labels_BT != IGNORE_INDEX
+        squares_B = self.logits(tokens_BT, segments)[:, 0].square().mean(-1)
+        term = (squares_B * is_supervised_BT.any(1)).sum()
+        load_LE = torch.stack([is_supervised_BT.sum(), tokens_BT.sum()]).float()[None]
+        return replace(
+            sums, loss_sum=sums.loss_sum + 0.1 * term, extras={"squares": term.detach()}, expert_load_LE=load_LE
+        )
+
+    monkeypatch.setattr(CausalLM, "forward", forward)
+    monkeypatch.setattr(CausalLM, "extra_terms", lambda self: ("squares",))
+    zeros = CausalLM.no_totals
+    monkeypatch.setattr(CausalLM, "no_totals", lambda *a: zeros(*a) | {"expert_load": torch.zeros(1, 2)})
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_every_term_is_summed_and_only_the_likelihood_is_the_loss(make_model, two_terms, lanes):
+    batch, model = ragged_batch(0), make_model()
+    sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
+    gradients = torch.autograd.grad(sums.loss_sum / 46, list(model.parameters()))
+    expected = flat(dict(zip(dict(model.named_parameters()), gradients, strict=True)))
+    for rows in (1, 3, 8):
+        engine = make_engine(make_model(), rows=rows, lanes=lanes)
+        found = engine.forward_backward(batch, lambda row: row)
+        assert (flat(gradients_of(engine)) - expected).norm() <= 1e-6 * expected.norm(), f"{rows=}"
+        assert found.loss == pytest.approx(float(sums.nll_sum) / 46, rel=1e-6)
+        figures = found.figures()
+        assert figures["squares"] == pytest.approx(float(sums.extras["squares"]) / 46, rel=1e-5)
+        parts = [batch.slice(row, row + rows) for row in range(0, 8, rows)]  # a part without labels is not computed
+        counted = sum(int(part.tokens_BT.sum()) for part in parts if part.num_loss_tokens)
+        assert figures.keys() == {"squares", "expert_load"} and figures["expert_load"] == [[46, counted]]
+    assert abs((sums.loss_sum - sums.nll_sum).item()) > 0.1 and not sums.nll_sum.requires_grad
 
 
 def test_a_mean_of_means_would_be_seen(make_model):

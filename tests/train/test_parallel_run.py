@@ -52,6 +52,15 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(on_two_ranks, labels, ha
         assert both[0]["rows"] + both[1]["rows"] == alone["rows"], "the seed's key is the row in the batch"
 
 
+@pytest.mark.parametrize("labels", [RAGGED, MASKED_ON_RANK_0])
+def test_terms_and_loads_are_those_of_all_ranks(on_two_ranks, labels):
+    """A rank without supervised tokens computes nothing, and still knows the names of what is summed."""
+    alone = work.totals(World(), labels)
+    assert alone["squares"] > 1e-4 and alone["expert_load"][0][0] == sum(labels)
+    for answer in on_two_ranks(WORK, "totals", labels):
+        assert answer["value"] == alone | {"squares": pytest.approx(alone["squares"], rel=1e-6)}
+
+
 def test_a_batch_without_labels_has_no_gradients_on_any_rank(on_two_ranks):
     for answer in on_two_ranks(WORK, "gradients", [0] * 8, 2, False):
         assert answer["value"] | {"rows": []} == {

@@ -182,7 +182,7 @@ class StopIn:
 @pytest.mark.parametrize(
     ("holder", "method", "nth", "step"),
     [
-        (lambda run: run.engine, "model", 11, 5),  # the first of two micro-batches, a step of two computed before
+        (lambda run: run.engine, "_forward", 11, 5),  # the first of two micro-batches, a step of two computed before
         (lambda run: run.engine, "gradient_norm", 5, 5),
         (lambda run: run.engine, "optimizer_step", 5, 5),
         (lambda run: run, "_validate", 2, 6),

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,14 +39,50 @@ def tiny_model(*, has_dropout=False):
     return model.train()
 
 
-def gradients(world, labels, micro_batch_rows, has_dropout):
-    """Gradients and sums of one ragged batch."""
+def ragged_batch(labels):
+    """A row for each number of supervised tokens."""
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, VOCAB, (len(labels), 16), generator=generator)
     labels_BT = torch.randint(0, VOCAB, tokens_BT.shape, generator=generator)
     for row, count in enumerate(labels):
         labels_BT[row, count:] = IGNORE_INDEX
     segments = Segments.from_borders(torch.rand(tokens_BT.shape, generator=generator) < 0.1)
+    return RowBatch(tokens_BT, labels_BT, segments, sum(labels))
+
+
+class TwoTerms(CausalLM):
+    """A model whose objective has a second term, and which counts like one with experts."""
+
+    def forward(self, tokens_BT, segments, labels_BT):
+        sums = super().forward(tokens_BT, segments, labels_BT)
+        is_supervised_BT = labels_BT != IGNORE_INDEX
+        squares_B = self.logits(tokens_BT, segments)[:, 0].square().mean(-1)
+        term = (squares_B * is_supervised_BT.any(1)).sum()
+        load_LE = torch.stack([is_supervised_BT.sum(), (~is_supervised_BT[:, 1:] & is_supervised_BT[:, :1]).sum()])
+        return replace(
+            sums,
+            loss_sum=sums.loss_sum + 0.1 * term,
+            extras={"squares": term.detach()},
+            expert_load_LE=load_LE.float()[None],
+        )
+
+    def extra_terms(self):
+        return ("squares",)
+
+    def no_totals(self, device):
+        return super().no_totals(device) | {"expert_load": torch.zeros(1, 2)}
+
+
+def totals(world, labels):
+    """Figures of one ragged batch by a model of two terms, row by row."""
+    model = tiny_model()
+    model.__class__ = TwoTerms
+    engine = TorchEngine(model, OptimConfig(), dtype=torch.float32, device="cpu", micro_batch_rows=1, world=world)
+    return engine.forward_backward(ragged_batch(labels), lambda row: row).figures()
+
+
+def gradients(world, labels, micro_batch_rows, has_dropout):
+    """Gradients and sums of one ragged batch."""
     engine = TorchEngine(
         tiny_model(has_dropout=has_dropout),
         OptimConfig(),
@@ -55,9 +92,7 @@ def gradients(world, labels, micro_batch_rows, has_dropout):
         world=world,
     )
     rows = []
-    sums = engine.forward_backward(
-        RowBatch(tokens_BT, labels_BT, segments, sum(labels)), lambda row: rows.append(row) or row
-    )
+    sums = engine.forward_backward(ragged_batch(labels), lambda row: rows.append(row) or row)
     found = {name: master.grad for name, master in engine.masters.items() if master.grad is not None}
     return {
         "rows": rows,

@@ -69,7 +69,7 @@ def answer_loss(model: CausalLM, chats: PackedChats) -> float:
     for begin in range(0, chats.rows_per_epoch, ROWS_A_BATCH):
         batch = read_batch(chats, begin, min(ROWS_A_BATCH, chats.rows_per_epoch - begin))
         sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
-        loss_sum += float(sums.loss_sum)
+        loss_sum += float(sums.nll_sum)
         num_tokens += sums.num_tokens
     return loss_sum / num_tokens
 

@@ -65,7 +65,7 @@ def measure_texts(
             tokens_BT[row, : len(ids) - 1] = whole[:-1]
             labels_BT[row, seen : len(ids) - 1] = whole[seen + 1 :]
         sums = model(tokens_BT.to(device), Segments.whole_rows(len(pending), longest, device), labels_BT.to(device))
-        nats += float(sums.loss_sum)
+        nats += float(sums.nll_sum)
         num_tokens += sums.num_tokens
         pending.clear()
 

@@ -7,7 +7,7 @@ from groundup.model.attention import AttentionMaker
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
-from groundup.model.loss import LossSums, linear_cross_entropy
+from groundup.model.loss import NLL, LossSums, linear_cross_entropy
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import rope_table
 from groundup.model.segments import Segments
@@ -59,6 +59,14 @@ class CausalLM(nn.Module):
         """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing."""
         h_BTD = self.model(tokens_BT, segments)
         return linear_cross_entropy(h_BTD, self.lm_head.weight, labels_BT, grad_scale=grad_scale)
+
+    def extra_terms(self) -> tuple[str, ...]:
+        """Names of the objective's terms beside the negative log-likelihood: the keys of `LossSums.extras`."""
+        return ()
+
+    def no_totals(self, device: torch.device | str) -> dict[str, Tensor]:
+        """`LossSums.totals` of no token: zeros under every name."""
+        return {name: torch.zeros((), device=device) for name in (NLL, *self.extra_terms())}
 
     def logits(self, tokens_BT: Tensor, segments: Segments | None = None) -> Tensor:
         """Logits (B, T, V) at every position; for comparisons, not for training."""

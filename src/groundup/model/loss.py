@@ -1,6 +1,7 @@
 """The one loss: cross-entropy of next tokens, computed in chunks of rows so that full logits never exist."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
+NLL, EXPERT_LOAD = "nll", "expert_load"
 CHUNK_ELEMENTS = 1 << 21
 """Logits in one chunk: 8 MB in fp32, which stays in a CPU's last-level cache."""
 
@@ -17,11 +19,23 @@ class LossSums:
     """What a forward pass gives back: sums, never means, so that micro-batches and ranks add up."""
 
     loss_sum: Tensor
-    """Sum of the negative log-likelihoods (nats) of all supervised tokens; the only differentiable value."""
+    """The objective: what is divided by the supervised tokens of the global batch and minimised; alone differentiable."""
+    nll_sum: Tensor
+    """Sum of the negative log-likelihoods (nats) of all supervised tokens: what a loss is reported from; detached."""
     num_tokens: int
     """Supervised tokens."""
     per_token_BT: Tensor
     """Negative log-likelihood of each supervised token, 0 elsewhere; detached."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """The objective's other terms by name, each a sum that is reported per supervised token, before it is weighted;
+    detached. The names are those of `CausalLM.extra_terms`."""
+    expert_load_LE: Tensor | None = None
+    """Tokens that each expert of each layer with experts was given, fp32; None in a model without experts."""
+
+    def totals(self) -> dict[str, Tensor]:
+        """What adds up over micro-batches and ranks, by name."""
+        load = {} if self.expert_load_LE is None else {EXPERT_LOAD: self.expert_load_LE}
+        return {NLL: self.nll_sum, **self.extras, **load}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -87,4 +101,4 @@ def linear_cross_entropy(h_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *,
     )
     per_token = torch.zeros(flat_labels_N.shape, dtype=torch.float32, device=h_BTD.device)
     per_token.index_copy_(0, rows_N, losses_N.detach())
-    return LossSums(loss_sum, len(rows_N), per_token.view(labels_BT.shape))
+    return LossSums(loss_sum, loss_sum.detach(), len(rows_N), per_token.view(labels_BT.shape))

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from groundup.base.errors import CheckpointError
 from groundup.base.failpoints import reach
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
-from groundup.model.loss import LossSums
+from groundup.model.loss import EXPERT_LOAD, NLL, LossSums
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import build_optimizers, set_lr
 from groundup.parallel.world import World
@@ -26,17 +26,28 @@ from groundup.train.scaler import LossScaler
 class StepSums:
     """Sums over all micro-batches of a step; the loss stays on its device until it is read."""
 
-    loss_sum: Tensor
+    nll_sum: Tensor
     num_loss_tokens: int
     busy_seconds: float = 0.0
     """Time this rank computed, without waiting for others."""
     loss_scale: float | None = None
     """Scale of the gradients in fp16; None in other dtypes."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """The objective's other terms, as in `LossSums`."""
+    expert_load_LE: Tensor | None = None
+    """Tokens that each expert of each layer with experts was given; None in a model without experts."""
 
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood of the supervised tokens, in nats."""
-        return float(self.loss_sum) / self.num_loss_tokens if self.num_loss_tokens else float("nan")
+        return float(self.nll_sum) / self.num_loss_tokens if self.num_loss_tokens else float("nan")
+
+    def figures(self) -> dict[str, Any]:
+        """For the metrics: each other term per supervised token, and the tokens of each expert by layer."""
+        values: dict[str, Any] = {name: float(value) / self.num_loss_tokens for name, value in self.extras.items()}
+        if self.expert_load_LE is not None:
+            values[EXPERT_LOAD] = [[int(count) for count in layer] for layer in self.expert_load_LE.tolist()]
+        return values
 
 
 class StepAbandoned(Exception):
@@ -164,26 +175,28 @@ class TorchEngine:
         began = time.perf_counter()
         divisor = max(1, batch.num_loss_tokens)
         self._grad_scale = 1.0 if self.scaler is None else self.scaler.scale / divisor
-        loss_sum = torch.zeros((), device=self.device)
+        totals = self.model.no_totals(self.device)
         share = self._share(range(0, len(batch), self.micro_batch_rows))
         compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
-        for part_sum, gradients in self._lanes.map(
+        for part, gradients in self._lanes.map(
             lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)), begins()
         ):
-            loss_sum += part_sum
+            for name, value in part.items():
+                totals[name] += value
             for name, gradient in gradients.items():
                 self._add_gradient(name, gradient)
         busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
-            self._sum_over_ranks(loss_sum)
-        return StepSums(loss_sum, batch.num_loss_tokens, busy_seconds, self.loss_scale)
+            self._sum_over_ranks(list(totals.values()))
+        nll_sum, expert_load_LE = totals.pop(NLL), totals.pop(EXPERT_LOAD, None)
+        return StepSums(nll_sum, batch.num_loss_tokens, busy_seconds, self.loss_scale, totals, expert_load_LE)
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
         rank, size = self.world.rank, self.world.size
         return begins[rank * len(begins) // size : (rank + 1) * len(begins) // size]
 
-    def _sum_over_ranks(self, loss_sum: Tensor) -> None:
+    def _sum_over_ranks(self, totals: list[Tensor]) -> None:
         """A rank whose share has no supervised token brings zeros; a tensor without gradient on any rank has none."""
         have = self.world.sum_counts([int(master.grad is not None) for master in self.masters.values()])
         masters = [master for master, count in zip(self.masters.values(), have, strict=True) if count]
@@ -191,31 +204,31 @@ class TorchEngine:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         gradients = [master.grad for master in masters if master.grad is not None]
-        self.world.all_reduce_gradients([loss_sum, *gradients])
+        self.world.all_reduce_gradients([*totals, *gradients])
 
-    def _accumulate(self, part: RowBatch, divisor: int, seed: int) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def _accumulate(self, part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of a micro-batch go straight to where they are summed: no second set of them exists."""
         if part.num_loss_tokens == 0:
-            return 0.0, {}
+            return {}, {}
         torch.manual_seed(seed)
         sums = self._forward(part)
         torch.autograd.backward(self._to_minimise(sums, divisor))
         gradients = {name: copy.grad for name, copy in self._copies.items() if copy.grad is not None}
         for copy in self._copies.values():
             copy.grad = None
-        return sums.loss_sum.detach(), gradients
+        return sums.totals(), gradients
 
-    def _gradients_apart(self, part: RowBatch, divisor: int, seed: int) -> tuple[Tensor | float, dict[str, Tensor]]:
+    def _gradients_apart(self, part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of a micro-batch as tensors of their own. `seed` is not used: lanes share one generator, so a
         model with dropout has one lane."""
         if part.num_loss_tokens == 0:
-            return 0.0, {}
+            return {}, {}
         sums = self._forward(part)
         gradients = torch.autograd.grad(
             self._to_minimise(sums, divisor), list(self._computing.values()), allow_unused=True
         )
         named = zip(self._computing, gradients, strict=True)
-        return sums.loss_sum.detach(), {name: gradient for name, gradient in named if gradient is not None}
+        return sums.totals(), {name: gradient for name, gradient in named if gradient is not None}
 
     def _to_minimise(self, sums: LossSums, divisor: int) -> Tensor:
         loss = sums.loss_sum / divisor

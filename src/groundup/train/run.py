@@ -329,6 +329,7 @@ class TrainingRun:
             "lr": result.lr,
             "skipped_steps": state.skipped_steps,
             **({} if result.sums.loss_scale is None else {"loss_scale": result.sums.loss_scale}),
+            **({} if result.is_skipped else result.sums.figures()),
         }
 
     def _look(self, stop: StopRequest) -> dict[str, dict[str, float]] | None:

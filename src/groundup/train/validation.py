@@ -39,7 +39,7 @@ def validation_figures(
             raise StepAbandoned
         batch = read_batch(source, begin, min(micro_batch_rows, num_rows - begin)).to(device)
         sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
-        loss_sum += float(sums.loss_sum)
+        loss_sum += float(sums.nll_sum)
         num_tokens += sums.num_tokens
         if token_bytes is not None:
             labels = batch.labels_BT.cpu().numpy()

@@ -87,8 +87,8 @@ def outcome_of(model: CausalLM, batch: RowBatch) -> Outcome:
 
 
 def step_outcome(engine: TorchEngine, batch: RowBatch) -> Outcome:
-    """Loss sum and gradients of an engine's step, in the order of its weights."""
+    """Sums of the objective's terms and gradients of an engine's step, in the order of its weights."""
     sums = engine.forward_backward(batch, lambda row: row)
     masters = engine.masters.values()
     gradients = [torch.zeros_like(master) if master.grad is None else master.grad.clone() for master in masters]
-    return Outcome(sums.loss_sum, gradients)
+    return Outcome(torch.stack([sums.nll_sum, *sums.extras.values()]), gradients)
