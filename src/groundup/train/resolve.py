@@ -30,7 +30,6 @@ COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 RESOLVED = "resolved.json"
-<<<<<<< HEAD
 PINNED = (
     "precision",
     "allow_tf32",
@@ -40,16 +39,12 @@ PINNED = (
     "num_threads",
     "num_lanes",
     "shrunk_from",
+    "warmup_steps",
 )
-"""What decides the bits: a resumed run keeps it."""
-SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")
-=======
-PINNED = ("precision", "attention", "micro_batch_rows", "compile", "num_threads", "num_lanes", "warmup_steps")
 """What decides the bits: a resumed run keeps it. A longer duration leaves a warmup in % as it was."""
 SETTINGS = {"warmup_steps": "warmup"}
 """Setting that a pinned value comes from, where its name is another."""
-SHARED = ("micro_batch_rows", "num_threads", "num_lanes")
->>>>>>> c119595 ([optim] WSD and inverse square root; warmup as a share, steps or tokens)
+SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")
 """What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
 
 
@@ -116,15 +111,9 @@ def resolve(
     attention = config.attention
     if attention == "auto":
         attention = "chunked" if device == "cpu" and precision == "bf16" else "sdpa"
-<<<<<<< HEAD
     refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
-    total_steps = in_steps(
-        config.duration, batch_rows=batch_rows, row_length=config.row_length, rows_per_epoch=rows_per_epoch
-    )
-=======
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
->>>>>>> c119595 ([optim] WSD and inverse square root; warmup as a share, steps or tokens)
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
     num_threads = max(1, num_threads // num_local)
     share_rows = -(-batch_rows // num_ranks)
@@ -210,13 +199,9 @@ def resolve_once(
                 | {
                     name: before[name]
                     for name in PINNED
-<<<<<<< HEAD
-                    if name in before and name not in changed and (is_same_world or name not in SHARED)
-=======
                     if name in before
                     and SETTINGS.get(name, name) not in changed
                     and (is_same_world or name not in SHARED)
->>>>>>> c119595 ([optim] WSD and inverse square root; warmup as a share, steps or tokens)
                 }
             )
         )
