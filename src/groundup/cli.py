@@ -317,13 +317,13 @@ def merge(
 
         run_stages(work, ("merge",))
         return
-    from groundup.stages.merge import merge_adapter
+    from groundup.stages.merge import merge_adapter, merge_words
     from groundup.stages.models import find_model, placed_whole, refuse_used
 
     refuse_used(to)
     with placed_whole(to) as folder:
         figures = merge_adapter(Path(target), find_model(str(base)), folder)
-    Log().say(f"merged into {to}  largest difference of logits {figures['merge_max_logit_difference']:.2e}")
+    Log().say(f"merged into {to}  {merge_words(figures)}")
 
 
 @app.command

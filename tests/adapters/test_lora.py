@@ -7,15 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from groundup.adapters.config import BLOCK_LINEARS, AdapterConfig
-from groundup.adapters.lora import (
+from groundup.adapters.files import (
     adapter_tensors,
-    inject_lora,
     load_adapter,
-    merged_weights,
     read_adapter_config,
     read_base_hash,
     save_adapter,
 )
+from groundup.adapters.lora import inject_lora, merged_weights, target_modules
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.checkpoint.huggingface import load_weights, save_model
 
@@ -104,7 +103,7 @@ def test_merged_equals_unmerged(make_model, model_type, tied):
 
 def test_a_saved_adapter_comes_back(tmp_path, make_model):
     model = adapted(make_model())
-    save_adapter(tmp_path, CONFIG, adapter_of(model), base_hash="abc")
+    save_adapter(tmp_path, CONFIG, adapter_of(model), targets=BLOCK_LINEARS, base_hash="abc")
     assert read_base_hash(tmp_path) == "abc"
     config = read_adapter_config(tmp_path)
     assert (config.lora_rank, config.lora_alpha, set(config.lora_targets)) == (4, 12.0, set(BLOCK_LINEARS))
@@ -116,7 +115,7 @@ def test_a_saved_adapter_comes_back(tmp_path, make_model):
 def test_the_same_adapter_gives_the_same_bytes(tmp_path, make_model):
     adapter = adapter_of(adapted(make_model()))
     for name in map(str, range(8)):  # often enough that an order left to chance shows
-        save_adapter(tmp_path / name, CONFIG, adapter, base_hash="abc")
+        save_adapter(tmp_path / name, CONFIG, adapter, targets=BLOCK_LINEARS, base_hash="abc")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         contents = {(folder / file).read_bytes() for folder in tmp_path.iterdir()}
         assert len(contents) == 1 and str(tmp_path).encode() not in contents.pop()
@@ -133,7 +132,7 @@ def test_peft_loads_it_onto_the_model_of_transformers(tmp_path, make_model, toke
     base = make_model(model_type=model_type)
     save_model(tmp_path / "base", base, dict(base.named_parameters()), tokenizer, eos_token_ids=[0])
     model = adapted(base, config)
-    save_adapter(tmp_path / "adapter", config, adapter_of(model), base_hash="abc")
+    save_adapter(tmp_path / "adapter", config, adapter_of(model), targets=target_modules(model), base_hash="abc")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     loaded = {name for name, _ in theirs.named_parameters() if ".lora_" in name}
     assert len(loaded) == len(adapter_of(model)) == 2 * 2 * len(targets)
@@ -145,7 +144,7 @@ def test_peft_loads_it_onto_the_model_of_transformers(tmp_path, make_model, toke
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path, make_model):
-    save_adapter(tmp_path, CONFIG, adapter_of(adapted(make_model())), base_hash="abc")
+    save_adapter(tmp_path, CONFIG, adapter_of(adapted(make_model())), targets=BLOCK_LINEARS, base_hash="abc")
     with pytest.raises(CheckpointError, match="E-ADAPTER-BASE"):
         load_adapter(make_model(intermediate_size=64), tmp_path, CONFIG)
     with pytest.raises(CheckpointError, match="E-KEYS: adapter and model differ in 14 tensors"):
@@ -156,11 +155,11 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path, make_model):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}},
-     {"modules_to_save": ["lm_head"]}, {"peft_type": "IA3"}],
+    [{"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"modules_to_save": ["lm_head"]},
+     {"peft_type": "IA3"}, {"target_modules": "all-linear"}, {"init_lora_weights": "pissa_niter_16"}, {"bias": "all"}],
 )  # fmt: skip
 def test_another_kind_of_adapter_is_refused(tmp_path, make_model, changes):
-    save_adapter(tmp_path, CONFIG, adapter_of(adapted(make_model())), base_hash="abc")
+    save_adapter(tmp_path, CONFIG, adapter_of(adapted(make_model())), targets=BLOCK_LINEARS, base_hash="abc")
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
     with pytest.raises(ConfigError, match="E-ADAPTER-TYPE"):
@@ -172,7 +171,7 @@ def test_another_kind_of_adapter_is_refused(tmp_path, make_model, changes):
 
 def test_names_in_the_file_are_those_of_peft(tmp_path, make_model):
     model = adapted(make_model())
-    save_adapter(tmp_path, CONFIG, adapter_of(model), base_hash="abc")
+    save_adapter(tmp_path, CONFIG, adapter_of(model), targets=BLOCK_LINEARS, base_hash="abc")
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
     assert names == set(adapter_tensors(adapter_of(model)))
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names

@@ -1,8 +1,8 @@
 """Sections that only stages know: pretraining and fine-tuning as lines of a recipe."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from groundup.adapters.config import AdapterConfig
 from groundup.data.config import SourceConfig
@@ -18,7 +18,7 @@ class PretrainConfig(TrainConfig):
 
 
 class FinetuneConfig(TrainConfig, AdapterConfig):
-    """Fine-tuning on chats: every weight (`adapter: none`) or low-rank additions (`adapter: lora`)."""
+    """Fine-tuning on chats: every weight (`adapter: none`) or low-rank additions (`lora`, `qlora`)."""
 
     data: str
     """Chats: a jsonl, json or parquet file, a folder or glob of them, or `embedded:docstrings`, `embedded:parameters`.
@@ -34,6 +34,8 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     """A chat longer than a row: left out, without its oldest turns, or without its tail. The ledger counts each."""
     init_from: str = "auto"
     """The model to begin with: a model directory; auto takes the run's stage before this one."""
+    adapter_from: str | None = None
+    """An adapter's directory whose training goes on, on the base it was trained on; None begins a new adapter."""
     chat_template: Literal["model", "built-in"] = "model"
     """The model directory's own chat template, or groundup's."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
@@ -46,3 +48,9 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     check: Literal["answers", "exact", "parameters"] = "answers"
     """What its evaluation asks beyond answers that stop and differ: that they equal the reference, or that they are
     lists that Python reads as a function's parameters."""
+
+    @model_validator(mode="after")
+    def _adapter_goes_on(self) -> Self:
+        if self.adapter_from is not None and (self.adapter == "none" or self.is_pissa):
+            raise ValueError("adapter_from needs adapter lora or qlora, and init_lora_weights default: it has a start")
+        return self

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from groundup.adapters.lora import inject_lora, save_adapter
+from groundup.adapters.files import read_adapter
 from groundup.base import machine
 from groundup.base.artifact import StageKey, read_manifest, write_summary
 from groundup.base.config import numerics
@@ -22,6 +22,7 @@ from groundup.data.token_store import TokenStore
 from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
+from groundup.stages.adapting import adapt, with_new_tokens
 from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
@@ -43,6 +44,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     config = section_of(work, stage)
     base = base_model(work, stage)
     inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
+    if config.adapter_from is not None:
+        inputs["first adapter"] = sha256_of(find_adapter(config.adapter_from) / "adapter_model.safetensors")
     if config.replay_every is not None:
         inputs["replayed text"] = run.committed("tokens").output_hash("train-")
     template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
@@ -53,6 +56,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         work.log.say(f"{stage}  unchanged  {summary['chats']:,} chats")
         return summary
     model, tokenizer = load_with_tokenizer(base)
+    num_parameters = model.num_parameters()
+    tokenizer = with_new_tokens(work, config, attempt.folder, tokenizer, model.model.embed_tokens.num_embeddings)
     encoder = ChatEncoder(tokenizer, template)
     data = load_chats(config, encoder)
     if work.world.is_first:
@@ -62,8 +67,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     source = rows if config.replay_every is None else _with_replay(work, config, rows, tokenizer, config.replay_every)
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     check_positions(model.config, config.row_length)
-    if config.adapter == "lora":
-        inject_lora(model, config, seed=derive_seed(recipe.seed, stage, "adapter"))
+    adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs["base"])
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
         f"{len(data.bad_rows):,} quarantined, {sum(data.ledger['left_out'].values()):,} left out; "
@@ -95,8 +99,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     outcome = training.run()
     if not work.world.is_first:
         return outcome.figures
-    if config.adapter == "lora":
-        save_adapter(attempt.folder / "adapter", config, outcome.weights, base_hash=inputs["base"])
+    if adaptation is not None:
+        adaptation.save(attempt.folder / "adapter", outcome.weights, base_hash=inputs["base"], template=template)
     else:
         save_model(
             attempt.folder / "model",
@@ -107,10 +111,11 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         )
         (attempt.folder / "model" / "chat_template.jinja").write_text(template, encoding="utf-8")
     summary = {
-        "num_parameters": sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name),
+        "num_parameters": num_parameters,
         "trained_parameters": trained,
         "chats": len(data.train),
         "padding_fraction": rows.padding_fraction,
+        **(adaptation.figures if adaptation is not None else {}),
         **outcome.figures,
         "stage_seconds": time.monotonic() - began,
     }
@@ -132,6 +137,14 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
     if config.init_from != "auto":
         folder = Path(config.init_from)
         refuse_pickle(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                "E-MODEL-NONE",
+                what="an adapter, not a model",
+                where=folder,
+                next=f"set {stage}.init_from to the adapter's base and {stage}.adapter_from to this folder, or begin with "
+                "the merged model",
+            )
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 "E-MODEL-NONE",
@@ -143,6 +156,13 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
     earlier = "sft" if stage == "lora" and recipe.sft is not None else "pretrain"
     work.run.committed(earlier)
     return work.path(earlier) / "model"
+
+
+def find_adapter(adapter: str) -> Path:
+    """An adapter's directory. Raises ConfigError if it is none, CheckpointError for a pickle."""
+    folder = Path(adapter)
+    read_adapter(folder)
+    return folder
 
 
 def weights_hash(folder: Path) -> str:

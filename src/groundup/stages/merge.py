@@ -1,5 +1,6 @@
 """Merging an adapter into its full-precision base, proved by comparing logits on real text."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groundup.adapters.lora import load_adapter, merged_weights, read_adapter_config, read_base_hash
+from groundup.adapters.files import load_adapter, read_adapter
+from groundup.adapters.lora import merged_weights
+from groundup.adapters.quantised import MAKERS, quantise_linears
 from groundup.base.artifact import StageKey, write_summary
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import read_json
@@ -30,7 +33,10 @@ def merge(work: Work) -> dict[str, Any]:
     base = base_model(work, "lora")
     if not (work.path("lora") / "adapter").is_dir():
         raise ConfigError(
-            "E-ADAPTER-NONE", what="lora/ holds no adapter", where=work.path("lora"), next="set `lora.adapter: lora`"
+            "E-ADAPTER-NONE",
+            what="lora/ holds no adapter",
+            where=work.path("lora"),
+            next="set `lora.adapter: lora` or `qlora`",
         )
     inputs = {"adapter": adapter.output_hash("adapter/"), "base": weights_hash(base)}
     attempt = run.begin(StageKey("merge", CODE_VERSION, {}, inputs), work.policy, folder="lora/model")
@@ -41,29 +47,30 @@ def merge(work: Work) -> dict[str, Any]:
     figures = merge_adapter(work.path("lora") / "adapter", base, attempt.folder)
     run.commit(attempt)
     write_summary(work.path("lora"), figures)
-    work.log.say(
-        f"merge  largest difference of logits {figures['merge_max_logit_difference']:.2e} "
-        f"(allowed {figures['merge_tolerance']:.2e})"
-    )
+    work.log.say(f"merge  {merge_words(figures)}")
     return figures
 
 
 def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
-    """Write base + adapter as a model directory. Raises CheckpointError for another base or logits that differ."""
+    """Write base + adapter as a model directory. Raises CheckpointError for another base or logits that differ.
+
+    The base is the one in full precision, also where the adapter was trained on a packed one; how far the packed base
+    is from it is a figure of its own.
+    """
     refuse_pickle(adapter)
-    config = read_adapter_config(adapter)
-    base_hash = read_base_hash(adapter)
-    if base_hash is not None and base_hash != weights_hash(base):
+    saved = read_adapter(adapter)
+    if saved.base_hash is not None and saved.base_hash != weights_hash(base):
         raise CheckpointError(
             "E-ADAPTER-BASE",
-            what=f"the adapter was trained on the base {base_hash[:12]}…, this one is {weights_hash(base)[:12]}…",
+            what=f"the adapter was trained on the base {saved.base_hash[:12]}…, this one is {weights_hash(base)[:12]}…",
             where=base,
             next="give the base it was trained on",
         )
-    tokenizer = TextTokenizer(base)
+    tokenizer_folder = adapter if (adapter / "tokenizer.json").is_file() else base
+    tokenizer = TextTokenizer(tokenizer_folder)
     texts = _real_texts(tokenizer)
     with_adapter = load_model(base)
-    load_adapter(with_adapter, adapter, config)
+    load_adapter(with_adapter, adapter, saved.config)
     with_adapter.eval()
     merged = CausalLM(with_adapter.config)
     weights = merged_weights(with_adapter)
@@ -80,8 +87,39 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
     eos_ids = read_eos_ids(base, tokenizer)
     first = tokenizer.end_of_turn_id
     save_model(target, merged, weights, tokenizer, eos_token_ids=[first, *(i for i in eos_ids if i != first)])
-    copy_tokenizer(base, target, eos_token_id=first, tokenizer=tokenizer)
-    return {"merge_max_logit_difference": difference, "merge_tolerance": tolerance, "merge_largest_logit": largest}
+    copy_tokenizer(tokenizer_folder, target, eos_token_id=first, tokenizer=tokenizer)
+    if (adapter / "chat_template.jinja").is_file():  # the one it was trained with
+        shutil.copyfile(adapter / "chat_template.jinja", target / "chat_template.jinja")
+    figures = {
+        "merge_max_logit_difference": difference,
+        "merge_tolerance": tolerance,
+        "merge_largest_logit": largest,
+    }
+    return figures | _packing_figures(base, saved.nf4_maker, texts)
+
+
+def _packing_figures(base: Path, maker: str | None, texts: list[Tensor]) -> dict[str, Any]:
+    """How far the logits of the base in 4 bits are from those in full precision: what training saw, no error of the
+    merge."""
+    if maker not in MAKERS:
+        return {}
+    packed = load_model(base)
+    quantise_linears(packed, maker)
+    return {"packed_base_max_logit_difference": _compare(load_model(base), packed, texts)[1]}
+
+
+def merge_words(figures: dict[str, Any]) -> str:
+    """A merge's figures on one line."""
+    text = (
+        f"largest difference of logits {figures['merge_max_logit_difference']:.2e} "
+        f"(allowed {figures['merge_tolerance']:.2e})"
+    )
+    if "packed_base_max_logit_difference" in figures:
+        text += (
+            f"; the 4-bit base of the training differs from the full-precision one by "
+            f"{figures['packed_base_max_logit_difference']:.2e} (no part of the merge)"
+        )
+    return text
 
 
 def _real_texts(tokenizer: TextTokenizer) -> list[Tensor]:

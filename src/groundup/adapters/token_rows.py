@@ -1,0 +1,50 @@
+"""Rows of the embedding that are trained with an adapter: those of a few tokens, the rest stays frozen."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class TokenRows(nn.Module):
+    """A weight with some of its rows replaced by trained ones."""
+
+    ids: Tensor
+
+    def __init__(self, weight: Tensor, ids: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
+        self.lora_rows = nn.Parameter(weight.detach()[self.ids].clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, self.ids, self.lora_rows)
+
+
+def train_rows(model: nn.Module, ids: Sequence[int]) -> None:
+    """Let the rows of some ids be trained, in the embedding and in the head; tied ones stay tied."""
+    embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
+    is_tied = embedding.weight is head.weight
+    rows = TokenRows(cast(Tensor, embedding.weight), ids)
+    head_rows = rows if is_tied else TokenRows(cast(Tensor, head.weight), ids)
+    for module, part in ((embedding, rows), (head, head_rows)):
+        parametrize.register_parametrization(module, "weight", part)
+        module.parametrizations.weight.original.requires_grad_(False)  # type: ignore[union-attr]
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter as if nothing had been put around it."""
+    return name.replace(".parametrizations.weight.original", ".weight").replace(".base_layer.", ".")
+
+
+def replaced_rows(model: nn.Module) -> dict[str, Tensor]:
+    """Weights with trained rows by their plain names, the rows in place; a tied head is not named."""
+    found, seen = {}, set()
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            part = module.parametrizations.weight[0]
+            if id(part) not in seen:
+                found[f"{name}.weight"] = cast(Tensor, module.weight).detach()
+            seen.add(id(part))
+    return found
