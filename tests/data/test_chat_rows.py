@@ -4,39 +4,13 @@ import random
 from collections import Counter
 
 import numpy as np
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
-from groundup.data.chat_rows import PackedChats, best_fit
+from groundup.data.chat_rows import PackedChats
 from groundup.data.chats import Chat
 from groundup.data.encoded_chats import EncodedChats
 from groundup.data.rows import read_batch
 from groundup.model.loss import IGNORE_INDEX
 from groundup.tokenizer.chat import EncodedChat
-
-
-@given(st.lists(st.integers(1, 64), max_size=80), st.integers(64, 100))
-@hypothesis_settings(max_examples=200, deadline=None)
-def test_best_fit_holds_every_item_once_and_overfills_no_bin(lengths, room):
-    bins = best_fit(lengths, room)
-    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
-    sizes = [sum(lengths[item] for item in items) for items in bins]
-    assert all(0 < size <= room for size in sizes)
-    # best-fit decreasing never needs more than 11/9 of the best number of bins + 1 (Johnson 1974)
-    assert len(bins) <= 11 / 9 * -(-sum(lengths) // room) * 1.5 + 1
-
-
-def test_best_fit_leaves_little_padding():
-    generator = random.Random(0)
-    lengths = [generator.randint(5, 200) for _ in range(2000)]
-    bins = best_fit(lengths, 512)
-    assert 1 - sum(lengths) / (512 * len(bins)) < 0.01
-    assert best_fit([], 10) == []
-
-
-def test_best_fit_takes_the_fullest_bin_that_holds_the_item():
-    assert best_fit([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
 
 
 class Numbered:

@@ -112,3 +112,12 @@ def test_tokens_that_were_spoiled_are_found_before_the_first_step(folder):
     said = refusal("pretrain", folder / "one.yaml", "--runs-dir", folder, *options)
     path.write_bytes(before)
     assert said.code == 3 and "E-SHARD-HASH" in said.err and "train-00000.tokens" in said.err
+
+
+def test_documents_packed_whole_train_and_are_accounted_for(folder):
+    options = ["--pretrain.packing", "best_fit", "--pretrain.duration", "2 steps"]
+    said = groundup("pretrain", folder / "other.yaml", "--runs-dir", folder, *options)
+    assert said.code == 0 and "documents packed whole" in said.out and "longer than a row are split" in said.out
+    figures = read_json(folder / "other" / "pretrain" / "summary.json")["packing"]
+    assert 0 < figures["padding_fraction"] < 0.2 and figures["documents_longer_than_a_row"] > 0
+    assert figures["documents"] == read_json(folder / "other" / "tokens" / "summary.json")["train"]["documents"]

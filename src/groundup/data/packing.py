@@ -57,6 +57,14 @@ class PackedDocuments:
         """Share of the places that hold no token."""
         return 1 - (self.store.num_tokens - 1) / (self.rows_per_epoch * self.row_length)
 
+    @property
+    def num_longer(self) -> int:
+        """Documents that need more than one row."""
+        return sum(
+            int((self.store.lengths(numbers) - 1 > self.row_length).sum())
+            for numbers in self.store.number_chunks(1 << 16)
+        )
+
     def _pieces(self, index: int) -> list[tuple[int, NDArray[np.int64], bool]]:
         """(document, ids, begins here) of what row `index` and its one token of overlap read."""
         epoch, visit = divmod(index, self.rows_per_epoch)

@@ -1,7 +1,8 @@
 """Rows: what a training step reads. A row is named by its number alone, counted over all epochs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -67,9 +68,31 @@ class DocumentRows(RowSource, Protocol):
     store: TokenStore
 
     @property
+    def num_longer(self) -> int:
+        """Documents that need more than one row."""
+        ...
+
+    @property
     def padding_fraction(self) -> float:
         """Share of the places that hold no token."""
         ...
+
+
+def row_of_wholes(row_length: int, parts: Iterable[tuple[NDArray[np.integer[Any]], NDArray[np.bool_] | None]]) -> Row:
+    """A row of parts that do not see each other, the rest padding. A part of n + 1 ids takes n places, its last id being
+    a label only; the mask says which of its n labels are supervised, None all."""
+    tokens = np.zeros(row_length, dtype=np.int64)
+    labels = np.full(row_length, IGNORE_INDEX, dtype=np.int64)
+    starts = np.zeros(row_length, dtype=np.int64)
+    at = 0
+    for ids, mask in parts:
+        end = at + len(ids) - 1
+        tokens[at:end] = ids[:-1]
+        labels[at:end] = ids[1:] if mask is None else np.where(mask, ids[1:].astype(np.int64), IGNORE_INDEX)
+        starts[at:end] = at
+        at = end
+    starts[at:] = at
+    return tokens, labels, starts
 
 
 def read_batch(source: RowSource, first: int, count: int) -> RowBatch:

@@ -118,6 +118,12 @@ class TokenStore:
             return np.arange(self.num_documents, dtype=np.uint32)
         return np.flatnonzero(np.unpackbits(self._chosen)).astype(np.uint32)
 
+    def number_chunks(self, size: int) -> Iterator[NDArray[np.uint32]]:
+        """As `numbers`, at most `size` at a time."""
+        numbers = self.numbers()
+        for begin in range(0, len(numbers), size):
+            yield numbers[begin : begin + size]
+
     def lengths(self, documents: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Tokens of each document, its two end-of-text tokens included."""
         lengths = np.empty(len(documents), dtype=np.int64)

@@ -12,6 +12,9 @@ from groundup.train.config import TrainConfig
 class PretrainConfig(TrainConfig):
     """Pretraining on the run's tokens, or on a mixture."""
 
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become rows. concatenate: one after the other, cut where a row ends, no padding. best_fit: each that
+    fits a row stands whole in one, a longer one is split into full rows and a rest; what stays free is padding."""
     mixture: dict[str, SourceConfig] = Field({})
     """Sources by name, such as {web: {source: web.jsonl, weight: 0.7}, code: {tokens: runs/code/tokens, weight: 0.3}}.
     Each is read pass after pass in an order of its own; empty takes the run's tokens as they are."""

@@ -22,6 +22,7 @@ from groundup.stages.text_rows import (
     hashes_of,
     name_documents,
     open_rows,
+    packing_figures,
     source_figures,
     text_sources,
     verify_all,
@@ -80,6 +81,12 @@ def pretrain(work: Work) -> dict[str, Any]:
     began = time.monotonic()
     training = TrainingRun(job)
     work.log.say(describe_run(STAGE, training, model.num_parameters(), rows.train.rows_per_epoch))
+    packing = packing_figures(rows.train)
+    if config.packing == "best_fit":
+        work.log.say(
+            f"  documents packed whole: {100 * packing['padding_fraction']:.1f} % padding, "
+            f"{packing['documents_longer_than_a_row']:,} of {packing['documents']:,} documents longer than a row are split"
+        )
     if isinstance(rows.train, MixedRows):
         work.log.say(f"  mixture of {describe_mixture(rows.train, training.resolved.total_steps * batch_rows)}")
     outcome = training.run()
@@ -87,6 +94,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         return outcome.figures
     save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
     summary = {"num_parameters": model.num_parameters(), **outcome.figures, "stage_seconds": time.monotonic() - began}
+    summary["packing"] = packing
     if isinstance(rows.train, MixedRows):
         summary["sources"] = source_figures(rows.train, summary["steps"] * batch_rows)
     write_summary(attempt.folder, summary)

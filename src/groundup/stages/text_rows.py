@@ -12,6 +12,7 @@ from groundup.data.mixture import MixedRows
 from groundup.data.packing import PackedDocuments
 from groundup.data.rows import DocumentRows
 from groundup.data.token_store import TokenStore
+from groundup.data.whole_documents import WholeDocuments
 from groundup.stages.config import PretrainConfig
 from groundup.stages.tokenize import finished_tokens
 from groundup.stages.work import Work
@@ -76,17 +77,16 @@ def open_rows(
 ) -> TextRows:
     """Rows of sources whose files were compared with their hashes. Raises DataError for a source without documents."""
     if not config.mixture:
-        rows = {
-            split: PackedDocuments(
-                TokenStore(sources[0].folder, split, vocab_size=vocab_size), row_length=config.row_length, seed=seed
-            )
+        text = sources[0]
+        train, validation = (
+            pack(TokenStore(text.folder, split, vocab_size=vocab_size), config, seed=seed)
             for split in ("train", "validation")
-        }
-        return TextRows(rows["train"], {"text": rows["validation"]})
-    train: dict[str, DocumentRows] = {}
-    validation: dict[str, DocumentRows] = {}
+        )
+        return TextRows(train, {text.name: validation})
+    parts: dict[str, DocumentRows] = {}
+    held_out: dict[str, DocumentRows] = {}
     for source in sources:
-        for split, opened in (("train", train), ("validation", validation)):
+        for split, opened in (("train", parts), ("validation", held_out)):
             store = TokenStore(source.folder, split, vocab_size=vocab_size)
             try:
                 store = store if source.source is None else store.only(source.source)
@@ -95,10 +95,14 @@ def open_rows(
                     raise
                 log.warn("W-NO-VALIDATION", f"nothing of {source.name} is held out: {error.what}")
                 continue
-            opened[source.name] = PackedDocuments(
-                store, row_length=config.row_length, seed=derive_seed(seed, "mixture", source.name)
-            )
-    return TextRows(MixedRows(train, {name: entry.weight for name, entry in config.mixture.items()}), validation)
+            opened[source.name] = pack(store, config, seed=derive_seed(seed, "mixture", source.name))
+    return TextRows(MixedRows(parts, {name: entry.weight for name, entry in config.mixture.items()}), held_out)
+
+
+def pack(store: TokenStore, config: PretrainConfig, *, seed: int) -> DocumentRows:
+    """Rows of a store by the recipe's way of packing."""
+    kind = WholeDocuments if config.packing == "best_fit" else PackedDocuments
+    return kind(store, row_length=config.row_length, seed=seed)
 
 
 def verify_all(sources: Sequence[TextSource]) -> None:
@@ -120,6 +124,18 @@ def name_documents(rows: DocumentRows | MixedRows, first_row: int, count: int) -
         record = documents[source, document].store.record(document)
         named.append(f"{record.get('file', record.get('id'))} byte {record.get('offset', 0)}")
     return f"{len(documents)} documents: {', '.join(named)}{', …' if len(documents) > 3 else ''}"
+
+
+def packing_figures(rows: DocumentRows | MixedRows) -> dict[str, float]:
+    """Share of padding, and documents that had to be split: those longer than a row. No token of them is lost."""
+    parts = list(rows.sources.values()) if isinstance(rows, MixedRows) else [rows]
+    places = sum(part.rows_per_epoch * part.row_length for part in parts)
+    padding = sum(part.padding_fraction * part.rows_per_epoch * part.row_length for part in parts)
+    return {
+        "padding_fraction": padding / places,
+        "documents": sum(part.store.num_documents for part in parts),
+        "documents_longer_than_a_row": sum(part.num_longer for part in parts),
+    }
 
 
 def source_figures(rows: MixedRows, num_rows: int) -> dict[str, dict[str, float]]:

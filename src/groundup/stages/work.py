@@ -13,7 +13,7 @@ from groundup.parallel.checks import refuse_mismatch
 from groundup.parallel.world import World
 from groundup.stages.recipe import Recipe
 
-PLACE_OF_DATA = {"batch_size_tokens", "row_length", "mixture", "weight", "replay_every"}
+PLACE_OF_DATA = {"batch_size_tokens", "row_length", "packing", "mixture", "weight", "replay_every"}
 """Settings in which a run counts its place: with others, rows would be left out or come twice."""
 
 Section = TypeVar("Section", bound=Config)
