@@ -5,16 +5,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.proof.rank_server import RankPair
 from groundup.tokenizer.bpe import TextTokenizer, save_tokenizer, train_bpe
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE
 from groundup.tokenizer.config import TokenizerConfig
@@ -78,25 +74,6 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
-    """Runs `name(world, *arguments)` of a file on two ranks; returns both answers, `value` or `error` in each."""
-    meet = tmp_path_factory.mktemp("ranks") / "meet"
-    server = [sys.executable, Path(__file__).with_name("rank_server.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [*server, str(rank), "2", meet], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for rank in range(2)
-    ]
-
-    def run(path, name, *arguments):
-        for rank in ranks:
-            rank.stdin.write(json.dumps([str(path), name, arguments]) + "\n")
-            rank.stdin.flush()
-        return [json.loads(rank.stdout.readline()) for rank in ranks]
-
-    yield run
-    for rank in ranks:
-        rank.stdin.close()
-        rank.kill()
-        rank.wait(10)
+    """Runs `name(world, *arguments)` of a file or module on two ranks; both answers, `value` or `error` in each."""
+    with RankPair(tmp_path_factory.mktemp("ranks") / "meet") as ranks:
+        yield ranks.run

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from power_loss import RecordingDisk
 
 from groundup.base import artifact, failpoints
 from groundup.base.artifact import (
@@ -26,6 +25,7 @@ from groundup.base.artifact import (
 from groundup.base.errors import ConfigError, DataError
 from groundup.base.failpoints import VARIABLE
 from groundup.base.files import read_json
+from groundup.proof.recording_disk import RecordingDisk
 
 KEY = StageKey("corpus", 1, {"corpus": {"source": "a.txt", "filters": {"min_characters": 1}}}, {"a.txt": "00"})
 NEW_KEY = StageKey("corpus", 1, {"corpus": {"source": "a.txt", "filters": {"min_characters": 9}}}, {"a.txt": "00"})

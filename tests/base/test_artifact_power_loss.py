@@ -5,10 +5,11 @@ import random
 import shutil
 
 import pytest
-from power_loss import NoSync, RecordingDisk, every_prefix, rebuild, replay, sampled
 
 from groundup.base.artifact import MANIFEST, ChangePolicy, RunFolder, StageKey, read_manifest, verify
 from groundup.base.errors import GroundupError
+from groundup.proof.power_loss import every_prefix, rebuild, replay, sampled
+from groundup.proof.recording_disk import NoSync, RecordingDisk
 
 ALLOW_ALL, ALLOW_NONE = ChangePolicy(allow_change=["value"]), ChangePolicy()
 

@@ -8,13 +8,13 @@ import time
 
 import pytest
 import torch
-from power_loss import RecordingDisk
 from safetensors.torch import load_file
 
 from groundup.base.disk import Disk
 from groundup.base.errors import CheckpointError, DoesNotFit
 from groundup.checkpoint import store as store_module
 from groundup.checkpoint.attempt import MANIFEST
+from groundup.proof.recording_disk import RecordingDisk
 
 
 def test_the_newest_comes_back_bit_for_bit(kit):

@@ -1,5 +1,7 @@
 """What trials are made on: a whole way of seconds, and the server that forks them."""
 
+import shutil
+
 import pytest
 import yaml
 
@@ -23,6 +25,15 @@ def engine(trials, tmp_path_factory):
     """A way whose every stage ran once, undisturbed."""
     folder = tmp_path_factory.mktemp("trials")
     made = KillTrials(load_recipe(str(write_trial_data(folder))), folder / "runs", trials, seed=1)
+    made.prepare()
+    return made
+
+
+@pytest.fixture(scope="session")
+def engine_on_ranks(trials, engine, tmp_path_factory):
+    """The same way, its training stages on two ranks."""
+    made = KillTrials(engine.recipe, tmp_path_factory.mktemp("ranks") / "runs", trials, seed=5, num_ranks=2)
+    shutil.copytree(engine.fresh_run("pretrain", "shared"), made.unbroken)
     made.prepare()
     return made
 

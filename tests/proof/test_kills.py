@@ -10,8 +10,8 @@ from groundup.proof.evidence import evidence_of, largest_difference
 from groundup.proof.kill_trials import KILLED, StageVerdict
 
 pytestmark = pytest.mark.end_to_end
-FAST_KILLS = 4
-"""Of each stage: twelve in all."""
+FAST_KILLS = 2
+"""Of each stage, on one rank and on two: twelve in all."""
 
 
 def test_the_trials_recipe_holds_what_is_to_be_proved(engine):
@@ -32,6 +32,26 @@ def test_random_kills_end_in_the_same_bits(engine, stage):
     assert verdict.line().endswith("PASS")
     # an interval, and the steps taken while the next was being written: back-pressure keeps them below another
     assert verdict.lost_steps < 2 * 3, "more was lost than an interval and one write"
+
+
+def test_random_kills_of_one_of_two_ranks_or_of_both_end_in_the_same_bits(engine_on_ranks):
+    for stage in engine_on_ranks.stages:
+        summary = json.loads((engine_on_ranks.unbroken / stage / "summary.json").read_text())
+        assert summary["ranks"] == 2 and summary["exact"] is True
+        verdict = engine_on_ranks.test(stage, FAST_KILLS)
+        assert verdict.kills == FAST_KILLS and verdict.inside_saves >= 0.3 * verdict.kills, verdict
+        assert verdict.is_exact, verdict.line()
+
+
+def test_another_rank_dies_in_the_middle_of_the_first_one_s_commit(engine_on_ranks):
+    """Between the manifest's writing and its rename: what rank 0 has in hand becomes whole or does not count."""
+    expected = evidence_of(engine_on_ranks.unbroken / "pretrain")
+    for who in (1, "all"):
+        run = engine_on_ranks.fresh_run("pretrain", "commit")
+        ended = engine_on_ranks.kill_at("pretrain", run, "ckpt.before_rename", 2, who)
+        assert ended.statuses == ([6, KILLED] if who == 1 else [KILLED] * 2), ended
+        assert engine_on_ranks.run_stage("pretrain", run).statuses == [0, 0]
+        assert evidence_of(run / "pretrain") == expected
 
 
 def test_killed_in_the_second_and_in_the_third_resume(engine):

@@ -1,16 +1,11 @@
 """A tiny training job."""
 
-import random
-
 import pytest
 import torch
 
 from groundup.base.log import Log
-from groundup.data.packing import PackedDocuments
-from groundup.data.token_store import TokenStore, TokenWriter
-from groundup.train.config import TrainConfig
+from groundup.proof.tiny_job import SPLITS, tiny_config, tiny_job, tiny_rows, write_tiny_tokens
 from groundup.train.guard import Guard
-from groundup.train.job import TrainingJob
 from groundup.train.state import TrainingState
 
 
@@ -25,22 +20,7 @@ def settings_of_torch():
 @pytest.fixture
 def make_config():
     """Makes the section of a tiny run."""
-
-    def make(**changes):
-        values = {
-            "duration": "11 steps",
-            "row_length": 16,
-            "batch_size_tokens": 64,
-            "device": "cpu",
-            "precision": "fp32",
-            "attention": "sdpa",
-            "compile": False,
-            "num_threads": 1,
-            "micro_batch_rows": 2,
-        }
-        return TrainConfig(**(values | changes))
-
-    return make
+    return tiny_config
 
 
 @pytest.fixture
@@ -66,35 +46,18 @@ def make_rows(tmp_path):
     """Makes packed rows of random documents."""
 
     def make(split="train", *, num_documents=12, seed=0):
-        generator = random.Random(seed)
-        writer = TokenWriter(tmp_path, split, vocab_size=400, end_of_text_id=0, max_shard_tokens=1 << 20)
-        for _ in range(num_documents):
-            writer.add([generator.randrange(1, 40) for _ in range(generator.randint(5, 40))], {})
-        writer.close()
-        return PackedDocuments(TokenStore(tmp_path, split, vocab_size=400), row_length=16, seed=seed)
+        write_tiny_tokens(tmp_path, split, num_documents=num_documents, seed=seed)
+        return tiny_rows(tmp_path, split, seed=seed)
 
     return make
 
 
 @pytest.fixture
-def make_job(tmp_path, make_config, make_model, make_rows):
+def make_job(tmp_path, make_model, make_rows):
     """Makes a job in a folder of its own; the same folder again is the same run."""
-    rows = {split: make_rows(split, seed=seed) for seed, split in enumerate(("train", "validation"))}
+    rows = {split: make_rows(split, seed=seed) for seed, split in enumerate(SPLITS)}
 
-    def make(name, *, model=None, sample=lambda model, prompt: "", name_documents=lambda step: "doc", **changes):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        return TrainingJob(
-            name="pretrain",
-            config=make_config(**changes),
-            seed=3,
-            model=model or make_model(seed=4),
-            source=rows["train"],
-            validation={"text": rows["validation"]},
-            folder=folder,
-            log=Log(quiet=True),
-            name_documents=name_documents,
-            sample=sample,
-        )
+    def make(name, *, model=None, **changes):
+        return tiny_job(tmp_path / name, rows, model=model or make_model(seed=4), **changes)
 
     return make

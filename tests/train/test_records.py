@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
-from power_loss import RecordingDisk, every_prefix, rebuild, replay
 
 from groundup.base.log import Log
 from groundup.checkpoint.store import CheckpointStore
+from groundup.proof.power_loss import every_prefix, rebuild, replay
+from groundup.proof.recording_disk import RecordingDisk
 from groundup.train.records import JsonLines
 
 

@@ -1,20 +1,26 @@
-"""Runs of a training stage that are killed at random places and go on, against one that nobody disturbed."""
+"""Runs of a training stage that are killed at random places and go on, against one that nobody disturbed.
+
+On several ranks one of them, or all, are killed; where it happens inside a save, rank 0 is at work on it.
+"""
 
 import math
 import os
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from groundup.base.artifact import CHECKPOINTS
 from groundup.base.errors import CheckpointError
 from groundup.base.files import read_json
 from groundup.proof.evidence import Evidence, evidence_of, largest_difference
 from groundup.proof.trial_client import Ended, Trials
-from groundup.stages.recipe import Recipe, write_recipe
+from groundup.proof.trial_recipe import write_trial_data
+from groundup.stages.recipe import Recipe, load_recipe, write_recipe
 
 TRAINING = ("pretrain", "sft", "lora")
 SAVE_FAILPOINTS = (
@@ -24,6 +30,8 @@ SAVE_FAILPOINTS = (
 INSIDE_FRACTION = 0.4
 """Share of kills that are aimed into a save; the figure to reach is 0.3."""
 MAX_NTH = 3
+HELD_SECONDS = 0.5
+"""Rank 0 is held up at a place of its save for so long while another rank is killed."""
 KILLED = -signal.SIGKILL
 
 
@@ -62,8 +70,8 @@ class StageVerdict:
 class KillTrials:
     """One recipe's trials in a folder of their own: what comes before training is made once and shared by links."""
 
-    def __init__(self, recipe: Recipe, folder: Path, trials: Trials, *, seed: int = 0) -> None:
-        self.folder, self.trials = folder, trials
+    def __init__(self, recipe: Recipe, folder: Path, trials: Trials, *, seed: int = 0, num_ranks: int = 1) -> None:
+        self.folder, self.trials, self.num_ranks = folder, trials, num_ranks
         self.recipe = recipe.model_copy(update={"name": "run"})
         self.chosen = random.Random(seed)
         self._failpoints = list(SAVE_FAILPOINTS)
@@ -88,6 +96,11 @@ class KillTrials:
         """The command line of a stage in one of the trials' folders."""
         return (stage, self._path, "--runs-dir", runs)
 
+    def run_stage(self, stage: str, run: Path, **how: Any) -> Ended:
+        """Run a stage of a run to its end, or to where it is killed."""
+        num_ranks = self.num_ranks if stage in TRAINING else 1
+        return self.trials.run(*self.command(stage, run.parent), num_ranks=num_ranks, **how)
+
     def prepare(self) -> None:
         """Make the unbroken run, every stage once."""
         needs_text = self.recipe.corpus is not None and self.recipe.tokens.path is None
@@ -95,7 +108,7 @@ class KillTrials:
         if needs_text or self.recipe.tokens.path is not None:
             before += ["tokenizer", "tokenize"]
         for stage in [*before, *self.stages]:
-            ended = self.trials.run(*self.command(stage, self.unbroken.parent))
+            ended = self.run_stage(stage, self.unbroken)
             self._seconds[stage] = ended.seconds
             if ended.status != 0:
                 raise _broken(stage, ended)
@@ -140,7 +153,7 @@ class KillTrials:
     def _twin_difference(self, stage: str) -> float:
         """How far a second run that nobody disturbs ends from the first."""
         run = self.fresh_run(stage, f"twin-{stage}")
-        ended = self.trials.run(*self.command(stage, run.parent))
+        ended = self.run_stage(stage, run)
         if ended.status != 0:
             raise _broken(stage, ended)
         return largest_difference(run / stage, self.unbroken / stage)
@@ -162,23 +175,37 @@ class KillTrials:
             lost = self._reached - self._progress(run / ".attempts" / stage)
             verdict.lost_steps = max(verdict.lost_steps, lost)
         else:
-            ended = self.trials.run(*self.command(stage, run.parent))
+            ended = self.run_stage(stage, run)
         if ended.status != 0:
             raise _broken(stage, ended)
         verdict.most_resumes = max(verdict.most_resumes, resumes)
 
     def _kill_inside(self, stage: str, run: Path) -> Ended:
-        """Let the process kill itself at a random passage of a random failpoint of a save."""
+        """Kill the process, one rank or all, at a random passage of a random failpoint of a save."""
         name = self.chosen.choice(self._failpoints)
         nth = self.chosen.randint(1, MAX_NTH) if name in self._seen else 1
         is_fresh = self._progress(run / ".attempts" / stage) == 0
-        ended = self.trials.run(*self.command(stage, run.parent), failpoint=f"{name}:kill:{nth}")
+        ended = self.kill_at(stage, run, name, nth, self._whom())
         if ended.status == KILLED:
             self._seen.add(name)
         elif is_fresh and name not in self._seen:
             self._failpoints.remove(name)  # a whole run passed by without it: there is no such place
         self._note(run / ".attempts" / stage)
         return ended
+
+    def kill_at(self, stage: str, run: Path, failpoint: str, nth: int, who: int | str) -> Ended:
+        """Rank 0 kills itself there; or it is held there while another rank, or all, are killed."""
+        if who == 0:
+            return self.run_stage(stage, run, failpoint=f"{failpoint}:kill:{nth}:0")
+        mark = run.parent / "moment"
+        mark.unlink(missing_ok=True)
+        moment = {"call": "reach", "name": failpoint, "nth": nth, "mark": str(mark), "sleep": HELD_SECONDS}
+        send = {"signal": "SIGKILL", "exists": str(mark), "rank": who}
+        return self.run_stage(stage, run, moments=[moment], sends=[send])
+
+    def _whom(self) -> int | str:
+        """Rank 0 where it is alone; else any rank, or all."""
+        return 0 if self.num_ranks == 1 else self.chosen.choice([*range(self.num_ranks), "all"])
 
     def _kill_anywhere(self, stage: str, run: Path, reached: int) -> Ended:
         """Kill by the clock, or a random while after a random step."""
@@ -190,7 +217,7 @@ class KillTrials:
             metrics = run / ".attempts" / stage / "metrics.jsonl"
             seconds = self.chosen.uniform(0.0, whole / 20)
             send = {"signal": "SIGKILL", "lines_of": str(metrics), "lines": lines, "seconds": seconds}
-        ended = self.trials.run(*self.command(stage, run.parent), sends=[send])
+        ended = self.run_stage(stage, run, sends=[send | {"rank": self._whom()}])
         self._note(run / ".attempts" / stage)
         return ended
 
@@ -216,6 +243,16 @@ class KillTrials:
         """Where the unbroken run was computed."""
         path = self.unbroken / stage / "resolved.json"
         return str(read_json(path).get("device", "cpu")) if path.exists() else "cpu"
+
+
+@contextmanager
+def trial_engine(folder: Path, *, seed: int = 0, num_ranks: int = 1) -> Iterator[KillTrials]:
+    """Trials of the project's own recipe, made ready in an empty folder."""
+    with Trials() as trials:
+        recipe = load_recipe(str(write_trial_data(folder)))
+        engine = KillTrials(recipe, folder / "runs", trials, seed=seed, num_ranks=num_ranks)
+        engine.prepare()
+        yield engine
 
 
 def _link(source: str, target: str) -> None:

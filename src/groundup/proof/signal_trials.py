@@ -1,11 +1,14 @@
 """Signals that ask a run to stop, sent in every phase: how it left, how soon, and whether it comes to the same bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from groundup.proof.evidence import evidence_of
-from groundup.proof.kill_trials import KillTrials
+from groundup.proof.guarantee import Guarantee, Make, Outcome, Trial
+from groundup.proof.kill_trials import KillTrials, trial_engine
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 PREEMPTED = 75
@@ -77,3 +80,39 @@ def signal_trial(engine: KillTrials, phase: str, name: str, *, second_after: flo
     resumed = engine.trials.run(*command)
     is_same = resumed.status == 0 and evidence_of(run / "pretrain") == evidence_of(engine.unbroken / "pretrain")
     return SignalVerdict(phase, name, ended.status, ended.seconds_after_signal, resumed.status, is_same)
+
+
+def _planned(count: int) -> list[Trial]:
+    cases = [(phase, name) for phase in PHASES for name in SIGNALS]
+    return [{"phase": cases[n % len(cases)][0], "signal": cases[n % len(cases)][1], "n": n} for n in range(count)]
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[Make]:
+    with trial_engine(folder) as engine:
+
+        def make(trial: Trial) -> Outcome:
+            verdict = signal_trial(engine, trial["phase"], trial["signal"])
+            return vars(verdict) | {"is_good": verdict.is_good}
+
+        yield make
+
+
+def _figures(outcomes: Sequence[Outcome]) -> list[str]:
+    bad = [f"{outcome['phase']} {outcome['signal']}" for outcome in outcomes if not outcome["is_good"]]
+    slowest = max(outcome["seconds"] or 0.0 for outcome in outcomes)
+    listing = ", ".join(f"{case} × {bad.count(case)}" for case in sorted(set(bad))) or "none"
+    return [str(len(outcomes)), str(len(outcomes) - len(bad)), f"{slowest:.1f}", listing]
+
+
+STOPS = Guarantee(
+    name="signals",
+    title="SIGTERM, SIGINT, SIGHUP and SIGUSR1 in eight phases: exit 75 within 10 s, resumed to the same bits",
+    columns=("trials", "exit 75 in time, same bits", "slowest s", "failed"),
+    usual_count=160,
+    unit="signals over eight phases",
+    plan=_planned,
+    making=_making,
+    figures=_figures,
+    is_kept=lambda outcomes: all(outcome["is_good"] for outcome in outcomes),
+)

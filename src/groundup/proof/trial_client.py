@@ -17,12 +17,20 @@ LIMIT_SECONDS = 600.0
 class Ended:
     """How a command ended."""
 
-    status: int | None
-    """Exit code, the negative number of the signal that killed it, or None for one stopped at its time limit."""
+    statuses: list[int | None]
+    """Of every rank: exit code, the negative number of the signal that killed it, or None for one stopped at its limit."""
     out: str
     err: str
     seconds: float
     seconds_after_signal: float | None
+
+    @property
+    def status(self) -> int | None:
+        """Of the rank that tells most: one that was killed, else one past its limit, else the highest exit code."""
+        codes = [code for code in self.statuses if code is not None]
+        if codes and min(codes) < 0:
+            return min(codes)
+        return max(codes) if len(codes) == len(self.statuses) else None
 
 
 class Trials:
@@ -63,9 +71,11 @@ class Trials:
         moments: Sequence[Mapping[str, Any]] = (),
         environment: Mapping[str, str] | None = None,
         limit_seconds: float = LIMIT_SECONDS,
+        num_ranks: int = 1,
     ) -> Ended:
         """Run a command to its end. `sends` are signals and when, `moments` watched calls of functions."""
         wanted = {
+            "num_ranks": num_ranks,
             "arguments": [str(argument) for argument in arguments],
             "environment": {**(environment or {}), **({"GROUNDUP_FAILPOINT": failpoint} if failpoint else {})},
             "sends": list(sends),

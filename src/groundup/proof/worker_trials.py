@@ -3,11 +3,14 @@
 import json
 import random
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from groundup.base.artifact import read_manifest
 from groundup.base.errors import CheckpointError, DataError
+from groundup.proof.guarantee import Guarantee, Make, Outcome, Trial
 from groundup.proof.kill_trials import KILLED
 from groundup.proof.trial_client import Ended, Trials
 from groundup.proof.trial_recipe import WORDS
@@ -110,3 +113,41 @@ def output_of(folder: Path) -> str:
     if manifest is None:
         raise DataError("E-PROOF-NONE", what="not finished", where=folder)
     return manifest.output_hash()
+
+
+def _planned(count: int) -> list[Trial]:
+    stages = list(STAGES)
+    return [{"stage": stages[n % len(stages)], "is_worker": n % 4 < 2, "seed": n} for n in range(count)]
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[Make]:
+    with Trials() as trials:
+        workers = WorkerTrials(folder, trials)
+        workers.prepare()
+
+        def make(trial: Trial) -> Outcome:
+            workers.chosen.seed(trial["seed"])
+            return vars(workers.test(trial["stage"], is_worker=trial["is_worker"]))
+
+        yield make
+
+
+def _figures(outcomes: Sequence[Outcome]) -> list[str]:
+    by_worker = sum(outcome["is_worker"] for outcome in outcomes)
+    noticed = sum(outcome["was_noticed"] for outcome in outcomes)
+    other = sum(not outcome["is_same"] for outcome in outcomes)
+    return [str(len(outcomes)), str(by_worker), str(noticed), str(other)]
+
+
+WORKER_KILLS = Guarantee(
+    name="workers",
+    title="Kills of the workers of clean and tokenize, and of the stages themselves: byte-identical output",
+    columns=("trials", "kills of a worker", "noticed", "other bytes"),
+    usual_count=50,
+    unit="kills of the data stages",
+    plan=_planned,
+    making=_making,
+    figures=_figures,
+    is_kept=lambda outcomes: all(outcome["is_same"] and outcome["was_noticed"] for outcome in outcomes),
+)
