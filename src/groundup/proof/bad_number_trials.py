@@ -14,6 +14,7 @@ from torch import Tensor
 
 from groundup.base.errors import CheckpointError, NumericsError
 from groundup.data.rows import RowBatch
+from groundup.model.loss import NLL
 from groundup.parallel.world import World
 from groundup.proof.guarantee import Guarantee, Make, Outcome, Trial
 from groundup.proof.rank_server import RankPair
@@ -132,16 +133,16 @@ def _watch(run: TrainingRun, poison: Poison, violations: list[str]) -> list[dict
             calls[0] = -sys.maxsize
         return forward_backward(*given, **named)
 
-    def accumulated(part: RowBatch, divisor: int, seed: int) -> tuple[Tensor | float, dict[str, Tensor]]:
-        loss_sum, gradients = accumulate(part, divisor, seed)
+    def accumulated(part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        sums, gradients = accumulate(part, divisor, seed)
         if calls[0] == poison.micro_batch and is_here and poison.place != "gradient":
             if poison.place == "loss":
-                loss_sum = loss_sum + poison.value
+                sums[NLL] = sums[NLL] + poison.value
             else:
                 gradient = gradients.get(poison.tensor, engine.masters[poison.tensor].grad)
                 _spoil(gradient, poison)
         calls[0] += 1
-        return loss_sum, gradients
+        return sums, gradients
 
     def measured() -> float:
         if calls[0] >= 0 and is_here and poison.place == "gradient":
