@@ -188,10 +188,9 @@ def test_a_wrong_shape_and_a_wrong_number_are_named(make_model):
     [
         ({"model_type": "gpt2"}, "E-MODEL-TYPE"),
         ({"model_type": None}, "E-MODEL-TYPE"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope scaling"),
         ({"use_sliding_window": True}, "a sliding window"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
     ],

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
-from groundup.base.pickles import refuse_pickle, refuse_pickles_in
+from groundup.base.pickles import refuse_pickle
+from groundup.checkpoint.weight_files import weight_files
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.model.rope_config import NEEDED, READ, RopeParameters
 from groundup.tokenizer.bpe import TextTokenizer
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -47,9 +50,9 @@ def config_json(
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": config.rope_parameters.model_dump(exclude_none=True) | {"rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": False,
+        "attention_bias": config.attention_bias,
         "mlp_bias": False,
         "hidden_act": "silu",
         "initializer_range": config.initializer_range,
@@ -125,11 +128,10 @@ def read_model_config(folder: Path) -> ModelConfig:
         )
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     refused = {
-        "rope scaling": rope_type != "default",
         "a sliding window": bool(values.get("use_sliding_window")),
-        "attention_bias": bool(values.get("attention_bias")) and model_type != "qwen2",
+        "attention_bias": bool(values.get("attention_bias")) and model_type == "qwen2",
+        "rotary positions on a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "mlp_bias": bool(values.get("mlp_bias")),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
     }
@@ -145,22 +147,46 @@ def read_model_config(folder: Path) -> ModelConfig:
         name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None and name != "model_type"
     }
     fields["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+    fields["rope_parameters"] = _rope_parameters(rope or scaling, path)
     fields.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     fields.setdefault("tie_word_embeddings", False)
-    return ModelConfig(model_type=model_type, **fields)
+    try:
+        return ModelConfig(model_type=model_type, **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            "E-MODEL-CONFIG", what=f"{place}: {first['msg']}", where=path, next="repair or download it again"
+        ) from None
+
+
+def _rope_parameters(values: Mapping[str, Any], path: Path) -> RopeParameters:
+    """The scaling of rotary positions, by either of its two names. Raises ConfigError for one not computed here."""
+    rope_type = values.get("rope_type") or values.get("type") or "default"
+    if rope_type not in NEEDED:
+        raise ConfigError(
+            "E-MODEL-FEATURE",
+            what=f"the model uses rope scaling {rope_type!r}, which is not computed here",
+            where=path,
+            next=f"known: {', '.join(NEEDED)}",
+        )
+    # other tools write fields that a type does not read
+    read = {name: values[name] for name in READ[rope_type] if values.get(name) is not None}
+    try:
+        return RopeParameters(rope_type=rope_type, **read)
+    except ValidationError as error:
+        raise ConfigError(
+            "E-MODEL-CONFIG",
+            what=f"rope scaling: {error.errors()[0]['msg']}",
+            where=path,
+            next="repair or download it again",
+        ) from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors files. Raises CheckpointError for pickles and damaged files."""
-    paths = sorted(folder.glob("*.safetensors"))
-    paths = [path for path in paths if not path.name.startswith("adapter_")]
-    if not paths:
-        refuse_pickles_in(folder)
-        raise CheckpointError(
-            "E-MODEL-NONE", what="no *.safetensors files", where=folder, next="give a model directory"
-        )
     tensors: dict[str, Tensor] = {}
-    for path in paths:
+    for path in weight_files(folder):
         try:
             tensors.update(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
@@ -173,7 +199,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) -> None:
     """Put tensors into a model; a missing, unexpected or wrongly shaped one is a CheckpointError that lists them."""
-    tensors = dict(tensors)
+    # older files hold the rotary frequencies too, which are computed
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     expected = dict(model.named_parameters())
@@ -181,7 +208,7 @@ def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) 
     if missing or unexpected:
         raise CheckpointError(
             "E-KEYS",
-            what=f"missing {len(missing)}: {missing[:4]}, unexpected {len(unexpected)}: {unexpected[:4]}",
+            what=f"missing {len(missing)}: {missing[:20]}, unexpected {len(unexpected)}: {unexpected[:20]}",
             where=where,
             next="the weights do not belong to this config.json",
         )

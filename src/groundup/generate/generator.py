@@ -29,11 +29,11 @@ def stream_tokens(
         raise ConfigError("E-PROMPT-EMPTY", what="a prompt without tokens", next="give at least one character")
     longest = max(map(len, prompts))
     length = longest + config.max_new_tokens
-    if length > model.config.max_position_embeddings:
+    if length > model.config.longest_text:
         raise ConfigError(
             "E-PROMPT-LONG",
             what=f"{longest} prompt tokens + {config.max_new_tokens} new ones exceed the model's "
-            f"{model.config.max_position_embeddings} positions",
+            f"{model.config.longest_text} positions",
             next="shorten the prompt or lower --max-new-tokens",
         )
     weight = model.lm_head.weight

@@ -58,12 +58,12 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_size
         self.maker: AttentionMaker = "sdpa"
-        has_bias = config.model_type == "qwen2"
+        has_bias = config.model_type == "qwen2" or config.attention_bias
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=has_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
         self.has_qk_norm = config.model_type == "qwen3"
         if self.has_qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)

@@ -9,7 +9,7 @@ from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
 from groundup.model.loss import NLL, LossSums, linear_cross_entropy
 from groundup.model.norm import RMSNorm
-from groundup.model.rope import rope_table
+from groundup.model.rope import model_rope_table
 from groundup.model.segments import Segments
 
 
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, segments: Segments) -> Tensor:
         x_BTD = self.embed_tokens(tokens_BT)
-        cos_BTK, sin_BTK = rope_table(segments.position_ids_BT, self.config.head_size, self.config.rope_theta)
+        cos_BTK, sin_BTK = model_rope_table(segments.position_ids_BT, self.config, segments)
         bias_B1TT = segments.bias_B1TT(x_BTD.dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TT)
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         """As `forward` for tokens that follow those in the cache; `num_new_B` of them a row are real."""
         x_BTD = self.embed_tokens(tokens_BT)
         positions_BT, bias_B1TS = cache.advance(num_new_B, tokens_BT.shape[1])
-        cos_BTK, sin_BTK = rope_table(positions_BT, self.config.head_size, self.config.rope_theta)
+        cos_BTK, sin_BTK = model_rope_table(positions_BT, self.config)
         bias_B1TS = bias_B1TS.to(x_BTD.dtype)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TS, layer_cache)

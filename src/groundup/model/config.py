@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from groundup.base.config import Config
+from groundup.model.rope_config import RopeParameters
 
 
 class ModelConfig(Config):
@@ -24,7 +25,10 @@ class ModelConfig(Config):
     """Rows of the embedding; auto takes the tokenizer's size."""
     max_position_embeddings: PositiveInt = 2048
     rope_theta: PositiveFloat = 10_000.0
+    rope_parameters: RopeParameters = RopeParameters()
     rms_norm_eps: PositiveFloat = 1e-6
+    attention_bias: bool = False
+    """Biases on q, k, v and o; qwen2 has those on q, k and v whatever stands here."""
     tie_word_embeddings: bool = True
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 × layers)."""
@@ -43,3 +47,10 @@ class ModelConfig(Config):
     def head_size(self) -> int:
         """Size of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that a text may have: dynamic scaling reaches `factor` times beyond the positions of the training."""
+        rope = self.rope_parameters
+        growth = rope.factor if rope.rope_type == "dynamic" and rope.factor else 1.0
+        return int(self.max_position_embeddings * growth)

@@ -57,7 +57,7 @@ def chat(model_folder: Path, config: SamplingConfig, log: Log, *, system: str = 
         if not said:
             continue
         messages.append({"role": "user", "content": said})
-        messages = _fit(messages, encoder, model.config.max_position_embeddings - config.max_new_tokens, log)
+        messages = _fit(messages, encoder, model.config.longest_text - config.max_new_tokens, log)
         answer, began, num_pieces = "", time.monotonic(), 0
         try:
             for piece in stream_text(model, tokenizer, encoder.encode_prompt(messages), config, eos_ids):
