@@ -10,7 +10,7 @@ from groundup.base.errors import CheckpointError, NumericsError
 from groundup.base.log import Log
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
-from groundup.model.loss import IGNORE_INDEX
+from groundup.model.loss import IGNORE_INDEX, LossOptions
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
 from groundup.train.engine import TorchEngine
@@ -269,3 +269,26 @@ def test_a_batch_without_labels_is_skipped_and_counted(make_model, make_guard, c
     )
     for part, group in engine.state_dict().items():
         assert all(torch.equal(group[name], alone.state_dict()[part][name]) for name in group), part
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_terms_of_the_objective_do_not_depend_on_the_micro_batch(make_model, lanes):
+    """The divisor is the whole batch's for every term, and so are the sums that are reported."""
+    options, batch = LossOptions(z_loss=0.01, label_smoothing=0.1), ragged_batch(0)
+    model = make_model()
+    logits_BTV = model.logits(batch.tokens_BT, batch.segments)
+    flat_NV, labels_N = logits_BTV.flatten(0, 1), batch.labels_BT.flatten()
+    squares = torch.logsumexp(flat_NV, 1).square()[labels_N != IGNORE_INDEX].mean()
+    smoothed = F.cross_entropy(flat_NV, labels_N, ignore_index=IGNORE_INDEX, label_smoothing=0.1)
+    (smoothed + 0.01 * squares).backward()
+    expected = flat({name: parameter.grad for name, parameter in model.named_parameters()})
+    plain = F.cross_entropy(flat_NV, labels_N, ignore_index=IGNORE_INDEX)
+    for rows in (1, 2, 3, 8):
+        model = make_model()
+        model.use_loss(options)
+        engine = make_engine(model, rows=rows, lanes=lanes)
+        sums = engine.forward_backward(batch, lambda row: row)
+        assert (flat(gradients_of(engine)) - expected).norm() <= 1e-6 * expected.norm(), f"{rows=}"
+        assert sums.loss == pytest.approx(plain.item(), rel=1e-6), "the loss is the negative log-likelihood alone"
+        assert sums.figures()["z_loss"] == pytest.approx(squares.item(), rel=1e-5)
+        assert set(sums.figures()) == {"z_loss", "smoothing_loss"}

@@ -175,3 +175,15 @@ def test_skipped_steps_are_counted_and_have_no_loss(make_job, monkeypatch):
     assert [line["skipped_steps"] for line in metrics] == [0, 1, 1, 1] and outcome.figures["skipped_steps"] == 1
     assert metrics[1]["loss"] is None and metrics[1]["lr"] == {} and metrics[2]["loss"] > 0
     assert all(torch.isfinite(tensor).all() for tensor in outcome.weights.values())
+
+
+def test_terms_of_the_objective_are_reported_apart_from_the_loss(make_job):
+    lines = {}
+    for name, changes in {"plain": {}, "more": {"z_loss": 1e-4, "label_smoothing": 0.1}}.items():
+        job = make_job(name, duration="3 steps", **changes)
+        TrainingRun(job).run()
+        lines[name] = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines["plain"][0]["loss"] == pytest.approx(lines["more"][0]["loss"], abs=1e-12), "before any step"
+    assert lines["plain"][2]["loss"] != lines["more"][2]["loss"]
+    assert all("z_loss" not in line and "smoothing_loss" not in line for line in lines["plain"])
+    assert all(30 < line["z_loss"] < 40 and 5.9 < line["smoothing_loss"] < 6.3 for line in lines["more"])

@@ -7,7 +7,7 @@ from groundup.model.attention import AttentionMaker
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
-from groundup.model.loss import NLL, LossSums, linear_cross_entropy
+from groundup.model.loss import NLL, PLAIN, LossOptions, LossSums, linear_cross_entropy
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import model_rope_table
 from groundup.model.segments import Segments
@@ -50,6 +50,7 @@ class CausalLM(nn.Module):
         super().__init__()
         assert config.vocab_size != "auto", "resolve the vocabulary before building the model"
         self.config = config
+        self.loss_options = PLAIN
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -58,11 +59,13 @@ class CausalLM(nn.Module):
     def forward(self, tokens_BT: Tensor, segments: Segments, labels_BT: Tensor, *, grad_scale: float = 1.0) -> LossSums:
         """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing."""
         h_BTD = self.model(tokens_BT, segments)
-        return linear_cross_entropy(h_BTD, self.lm_head.weight, labels_BT, grad_scale=grad_scale)
+        return linear_cross_entropy(
+            h_BTD, self.lm_head.weight, labels_BT, grad_scale=grad_scale, options=self.loss_options
+        )
 
     def extra_terms(self) -> tuple[str, ...]:
         """Names of the objective's terms beside the negative log-likelihood: the keys of `LossSums.extras`."""
-        return ()
+        return self.loss_options.terms()
 
     def no_totals(self, device: torch.device | str) -> dict[str, Tensor]:
         """`LossSums.totals` of no token: zeros under every name."""
@@ -95,6 +98,10 @@ class CausalLM(nn.Module):
                 parameter.zero_()
             else:
                 parameter.fill_(1.0)
+
+    def use_loss(self, options: LossOptions) -> None:
+        """Choose what the objective holds beside the negative log-likelihood."""
+        self.loss_options = options
 
     def use_attention(self, maker: AttentionMaker) -> None:
         """Choose how every block computes attention."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 NLL, EXPERT_LOAD = "nll", "expert_load"
+Z_LOSS, SMOOTHING_LOSS = "z_loss", "smoothing_loss"
 CHUNK_ELEMENTS = 1 << 21
 """Logits in one chunk: 8 MB in fp32, which stays in a CPU's last-level cache."""
 
@@ -38,27 +39,48 @@ class LossSums:
         return {NLL: self.nll_sum, **self.extras, **load}
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What the objective holds beside the negative log-likelihood."""
+
+    z_loss: float = 0.0
+    """Weight of log²Z, Z being the sum over the vocabulary that the softmax divides by (PaLM, arXiv:2204.02311)."""
+    label_smoothing: float = 0.0
+    """Share of a label's weight that is spread evenly over the vocabulary (Szegedy et al., arXiv:1512.00567)."""
+
+    def terms(self) -> tuple[str, ...]:
+        """Names of what is reported of it: log²Z, and the mean negative log-probability over the vocabulary."""
+        return (Z_LOSS,) * (self.z_loss > 0) + (SMOOTHING_LOSS,) * (self.label_smoothing > 0)
+
+
+PLAIN = LossOptions()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_n -log softmax(h_n W^T)[y_n]. Gradients are formed in the forward pass, chunk by chunk, in fp32, and are kept
-    multiplied by `grad_scale`, which the backward pass takes out again."""
+    """Sum of the objective's terms over all rows of the logits h W^T, and each term of each row.
+
+    Gradients are formed in the forward pass, chunk by chunk, in fp32, and are kept multiplied by `grad_scale`, which the
+    backward pass takes out again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, grad_scale: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, grad_scale: float, options: LossOptions
+    ) -> tuple[Tensor, ...]:
         needs_h, needs_weight, *_ = ctx.needs_input_grad
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        losses_N = torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
+        terms = {
+            name: torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
+            for name in (NLL, *options.terms())
+        }
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for begin in range(0, len(labels_N), rows):
             h_CD, labels_C1 = h_ND[begin : begin + rows], labels_N[begin : begin + rows, None]
-            log_probabilities_CV = F.log_softmax((h_CD @ weight_VD.t()).float(), dim=1)
-            losses_N[begin : begin + rows] = -log_probabilities_CV.gather(1, labels_C1).squeeze(1)
+            chunk = {name: values_N[begin : begin + rows, None] for name, values_N in terms.items()}
+            grad_CV = _logits_gradient((h_CD @ weight_VD.t()).float(), labels_C1, chunk, options)
             if not (needs_h or needs_weight):
                 continue
-            grad_CV = log_probabilities_CV.exp_()
-            grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
             if grad_scale != 1.0:
                 grad_CV *= grad_scale
             grad_CV = grad_CV.to(h_ND.dtype)
@@ -71,11 +93,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight_VD += grad_CV.t() @ h_CD
         ctx.save_for_backward(grad_h_ND, grad_weight_VD)
         ctx.weight_dtype, ctx.grad_scale = weight_VD.dtype, grad_scale
-        ctx.mark_non_differentiable(losses_N)
-        return losses_N.sum(dtype=torch.float64).float(), losses_N
+        ctx.mark_non_differentiable(*terms.values())
+        return _objective(terms, options), *terms.values()
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         grad_sum = grad_sum / ctx.grad_scale
         return (
@@ -83,10 +105,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight_VD is None else (grad_weight_VD * grad_sum).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(h_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, grad_scale: float = 1.0) -> LossSums:
+def _logits_gradient(logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, Tensor], options: LossOptions) -> Tensor:
+    """Gradient of the objective by the logits, which writes each term of each row into `chunk`."""
+    label_logits_C1 = logits_CV.gather(1, labels_C1) if Z_LOSS in chunk else None
+    log_probabilities_CV = F.log_softmax(logits_CV, dim=1)
+    del logits_CV  # not needed beside its gradient
+    chunk[NLL].copy_(log_probabilities_CV.gather(1, labels_C1)).neg_()
+    if SMOOTHING_LOSS in chunk:
+        chunk[SMOOTHING_LOSS].copy_(log_probabilities_CV.mean(1, keepdim=True)).neg_()
+    grad_CV = log_probabilities_CV.exp_()
+    if label_logits_C1 is not None:
+        log_z_C1 = label_logits_C1 + chunk[NLL]
+        chunk[Z_LOSS].copy_(log_z_C1.square())
+        grad_CV *= 1 + 2 * options.z_loss * log_z_C1
+    grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, options.label_smoothing - 1))
+    if SMOOTHING_LOSS in chunk:
+        grad_CV -= options.label_smoothing / grad_CV.shape[1]
+    return grad_CV
+
+
+def _objective(terms: Mapping[str, Tensor], options: LossOptions) -> Tensor:
+    sums = {name: values_N.sum(dtype=torch.float64) for name, values_N in terms.items()}
+    if len(sums) == 1:
+        return sums[NLL].float()
+    weights = {
+        NLL: 1 - options.label_smoothing,
+        SMOOTHING_LOSS: options.label_smoothing,
+        Z_LOSS: options.z_loss,
+    }
+    return torch.stack([weights[name] * value for name, value in sums.items()]).sum().float()
+
+
+def linear_cross_entropy(
+    h_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    *,
+    grad_scale: float = 1.0,
+    options: LossOptions = PLAIN,
+) -> LossSums:
     """Loss of the next-token logits h W^T against labels; label -100 is not supervised and costs nothing.
 
     Only supervised rows reach the product with the vocabulary. A batch without any supervised token gives a sum
@@ -96,9 +157,16 @@ def linear_cross_entropy(h_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *,
     flat_labels_N = labels_BT.flatten()
     rows_N = (flat_labels_N != IGNORE_INDEX).nonzero().squeeze(1)
     h_ND = h_BTD.flatten(0, 1).index_select(0, rows_N)
-    loss_sum, losses_N = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N), grad_scale
+    loss_sum, *terms = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N), grad_scale, options
     )
     per_token = torch.zeros(flat_labels_N.shape, dtype=torch.float32, device=h_BTD.device)
-    per_token.index_copy_(0, rows_N, losses_N.detach())
-    return LossSums(loss_sum, loss_sum.detach(), len(rows_N), per_token.view(labels_BT.shape))
+    per_token.index_copy_(0, rows_N, terms[0])
+    nll_sum, *extras = (term_N.sum(dtype=torch.float64).float() for term_N in terms)
+    return LossSums(
+        loss_sum,
+        nll_sum,
+        len(rows_N),
+        per_token.view(labels_BT.shape),
+        dict(zip(options.terms(), extras, strict=True)),
+    )

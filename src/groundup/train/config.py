@@ -31,6 +31,11 @@ class TrainConfig(OptimConfig):
     """How attention is computed; auto takes the chunked product for bf16 on a CPU, SDPA elsewhere."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile per block; auto compiles runs long enough to win back the compile time."""
+    z_loss: PositiveFloat | None = None
+    """Weight of log²Z in what is minimised, which keeps logits small, such as 1e-4 (PaLM); None leaves it out. The
+    reported loss is the negative log-likelihood alone."""
+    label_smoothing: float | None = Field(None, gt=0, lt=1)
+    """Share of each label's weight spread evenly over the vocabulary, such as 0.1; None spreads nothing."""
     validate_every: Duration | None = None
     """Interval between looks at the validation rows; None looks only at the end."""
     max_validation_rows: PositiveInt = 64

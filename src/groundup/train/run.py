@@ -20,6 +20,7 @@ from groundup.base.signals import StopRequest, stop_request
 from groundup.checkpoint.attempt import SUFFIX
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
+from groundup.model.loss import LossOptions
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.engine import StepAbandoned, TorchEngine
@@ -48,6 +49,7 @@ class TrainingRun:
         self.resolved = self._resolve(matrix_parameters, has_dropout)
         apply_threads(self.resolved)
         job.model.use_attention(self.resolved.attention)
+        job.model.use_loss(LossOptions(self.config.z_loss or 0.0, self.config.label_smoothing or 0.0))
         job.model.train()
         self.engine = TorchEngine(
             job.model,
