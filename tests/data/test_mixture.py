@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -160,6 +161,15 @@ def test_rows_of_two_sources_share_a_batch(tmp_path):
         np.testing.assert_array_equal(batch.tokens_BT[place].numpy(), rows.row(3 + place)[0])
     held = {name for token in batch.tokens_BT.flatten().tolist() for name in tokens if token in tokens[name]}
     assert held == {"s0", "s1"}
+    assert batch.sources.names == ("s0", "s1") and batch.num_loss_tokens == sum(batch.source_tokens().values())
+    of_row = [rows.source_of(index) for index in range(3, 11)]
+    assert list(batch.sources.numbers) == batch.sources.numbers_B.tolist() == of_row and 0 < sum(of_row) < 8
+    labels = batch.labels_BT != IGNORE_INDEX
+    assert batch.source_tokens()["s1"] == int(labels[torch.tensor(of_row) == 1].sum())
+    part = batch.slice(2, 5)
+    assert part.sources.numbers == tuple(of_row[2:5]) and part.counts == batch.counts[2:5]
+    assert part.num_loss_tokens == int(labels[2:5].sum()) == sum(part.source_tokens().values())
+    assert read_batch(rows.sources["s0"], 0, 4).sources is None
 
 
 def test_a_store_gives_the_documents_of_one_source(tmp_path):

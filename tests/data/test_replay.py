@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from groundup.data.replay import ReplayedRows
+from groundup.data.rows import read_batch
 
 
 class Counted:
@@ -27,6 +28,9 @@ def test_every_nth_row_is_text_and_every_chat_row_comes_once_an_epoch(every):
     assert all((number < 0) == (index % every == every - 1) for index, number in enumerate(seen))
     assert [number for number in seen if number > 0][:30] == list(range(1, 31))
     assert [-number for number in seen if number < 0] == list(range(1, rows.rows_per_epoch // every + 1))
+    assert [rows.names[rows.source_of(index)] for index in range(every)] == ["chats"] * (every - 1) + ["text"]
+    batch = read_batch(rows, 0, 2 * every)
+    assert batch.source_tokens() == {"chats": 2 * (every - 1) * 4, "text": 2 * 4}
     assert [rows.documents_of(index)[0] for index in range(rows.rows_per_epoch)] == seen
 
 

@@ -56,6 +56,11 @@ def test_a_mixture_trains_and_its_parts_are_told_apart(folder):
     tokens = {name: source["tokens"] for name, source in figures.items()}
     assert abs(tokens["long"] - 15 * 32) <= 40 and abs(tokens["third"] - 3 * 32) <= 40
     looks = [json.loads(line)["val"] for line in (run / "metrics.jsonl").read_text().splitlines() if "val" in line]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*(line["source_loss"] for line in lines)) == {"long", "notes", "third"}
+    assert set(lines[0]["source_loss"]) == {"long", "notes"}, "a source without a row in the batch has no loss"
+    for line in lines:
+        assert min(line["source_loss"].values()) <= line["loss"] <= max(line["source_loss"].values())
     assert looks and all(list(look) == ["long", "notes", "third"] for look in looks)
     assert all(0 < source["loss"] < 10 for source in looks[-1].values())
     again = groundup("pretrain", folder / "one.yaml", "--runs-dir", folder, *mixture(folder))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from groundup.base.errors import CheckpointError, NumericsError
 from groundup.base.log import Log
-from groundup.data.rows import RowBatch
+from groundup.data.rows import RowBatch, RowSources
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import IGNORE_INDEX, LossOptions
 from groundup.model.segments import Segments
@@ -292,3 +292,25 @@ def test_terms_of_the_objective_do_not_depend_on_the_micro_batch(make_model, lan
         assert sums.loss == pytest.approx(plain.item(), rel=1e-6), "the loss is the negative log-likelihood alone"
         assert sums.figures()["z_loss"] == pytest.approx(squares.item(), rel=1e-5)
         assert set(sums.figures()) == {"z_loss", "smoothing_loss"}
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_loss_of_each_source_is_that_of_its_rows(make_model, lanes):
+    plain = ragged_batch(0)
+    numbers = (0, 1, 1, 0, 2, 3, 2, 0)  # row 5, the only one of the fourth source, has no supervised token
+    sources = RowSources(("a", "b", "c", "none"), numbers, torch.tensor(numbers))
+    batch = replace(plain, counts=tuple((plain.labels_BT != IGNORE_INDEX).sum(1).tolist()), sources=sources)
+    per_token_BT = make_model()(plain.tokens_BT, plain.segments, plain.labels_BT).per_token_BT
+    expected = {}
+    for number, name in enumerate(sources.names[:3]):
+        rows = [row for row in range(8) if numbers[row] == number]
+        expected[name] = float(per_token_BT[rows].sum()) / sum(batch.counts[row] for row in rows)
+    for rows in (1, 2, 3, 8):
+        engine = make_engine(make_model(), rows=rows, lanes=lanes)
+        sums = engine.forward_backward(batch, lambda row: row)
+        assert sums.figures()["source_loss"] == pytest.approx(expected, rel=1e-6), f"{rows=}"
+        assert sum(sums.source_nll_S.tolist()) == pytest.approx(float(sums.nll_sum), rel=1e-6)
+        assert sums.source_tokens == {"a": 16 + 9 + 5, "b": 1, "c": 3 + 12, "none": 0}
+        same = make_engine(make_model(), rows=rows, lanes=lanes)
+        same.forward_backward(plain, lambda row: row)
+        assert torch.equal(flat(gradients_of(engine)), flat(gradients_of(same))), "the sources changed a gradient"

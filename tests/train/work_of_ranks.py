@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from groundup.base.errors import Preempted
 from groundup.base.log import Log
 from groundup.data.packing import PackedDocuments
-from groundup.data.rows import RowBatch
+from groundup.data.rows import RowBatch, RowSources
 from groundup.data.token_store import TokenStore, TokenWriter
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
@@ -74,11 +74,14 @@ class TwoTerms(CausalLM):
 
 
 def totals(world, labels):
-    """Figures of one ragged batch by a model of two terms, row by row."""
+    """Figures of one ragged batch of three sources by a model of two terms, row by row."""
     model = tiny_model()
     model.__class__ = TwoTerms
     engine = TorchEngine(model, OptimConfig(), dtype=torch.float32, device="cpu", micro_batch_rows=1, world=world)
-    return engine.forward_backward(ragged_batch(labels), lambda row: row).figures()
+    numbers = tuple(row % 3 for row in range(len(labels)))
+    sources = RowSources(("a", "b", "c"), numbers, torch.tensor(numbers))
+    batch = replace(ragged_batch(labels), counts=tuple(labels), sources=sources)
+    return engine.forward_backward(batch, lambda row: row).figures()
 
 
 def gradients(world, labels, micro_batch_rows, has_dropout):

@@ -1,8 +1,8 @@
 """Rows: what a training step reads. A row is named by its number alone, counted over all epochs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
+class RowSources:
+    """Which source each row of a batch belongs to."""
+
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    """Place in `names`, by row."""
+    numbers_B: Tensor
+    """The same, where the rows are."""
+
+
+@dataclass(frozen=True)
 class RowBatch:
     """Some rows as tensors."""
 
@@ -27,21 +38,48 @@ class RowBatch:
     segments: Segments
     num_loss_tokens: int
     """Labels that are supervised."""
+    counts: tuple[int, ...] = ()
+    """The same by row where they were counted: what is known here need not be read from a device."""
+    sources: RowSources | None = None
+    """None where all rows are of one source."""
 
     def slice(self, begin: int, end: int) -> "RowBatch":
         """Rows `begin` to `end` of this batch."""
-        labels_BT = self.labels_BT[begin:end]
+        labels_BT, counts, sources = self.labels_BT[begin:end], self.counts[begin:end], self.sources
         return RowBatch(
             self.tokens_BT[begin:end],
             labels_BT,
             Segments(self.segments.starts_BT[begin:end]),
-            int((labels_BT != IGNORE_INDEX).sum()),
+            sum(counts) if self.counts else int((labels_BT != IGNORE_INDEX).sum()),
+            counts,
+            sources and RowSources(sources.names, sources.numbers[begin:end], sources.numbers_B[begin:end]),
         )
 
     def to(self, device: str) -> "RowBatch":
-        """The same rows on a device."""
-        segments = Segments(self.segments.starts_BT.to(device))
-        return RowBatch(self.tokens_BT.to(device), self.labels_BT.to(device), segments, self.num_loss_tokens)
+        """The same rows on a device; from pinned memory the copy runs beside what the device computes."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device != "cpu"))
+
+    def pinned(self) -> "RowBatch":
+        """The same rows in memory that a device reads by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "RowBatch":
+        return replace(
+            self,
+            tokens_BT=move(self.tokens_BT),
+            labels_BT=move(self.labels_BT),
+            segments=Segments(move(self.segments.starts_BT)),
+            sources=self.sources and replace(self.sources, numbers_B=move(self.sources.numbers_B)),
+        )
+
+    def source_tokens(self) -> dict[str, int]:
+        """Supervised labels by source."""
+        if self.sources is None:
+            return {}
+        tokens = dict.fromkeys(self.sources.names, 0)
+        for number, count in zip(self.sources.numbers, self.counts, strict=True):
+            tokens[self.sources.names[number]] += count
+        return tokens
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
@@ -59,6 +97,17 @@ class RowSource(Protocol):
 
     def documents_of(self, index: int) -> list[int]:
         """Numbers of the documents that row `index` holds a part of."""
+        ...
+
+
+@runtime_checkable
+class ManySources(Protocol):
+    """What a source of rows of several sources has besides."""
+
+    names: tuple[str, ...]
+
+    def source_of(self, index: int) -> int:
+        """Which of `names` row `index` belongs to."""
         ...
 
 
@@ -99,4 +148,9 @@ def read_batch(source: RowSource, first: int, count: int) -> RowBatch:
     """Rows `first` to `first + count`; a batch may reach over the end of an epoch."""
     rows = [source.row(index) for index in range(first, first + count)]
     tokens, labels, starts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-    return RowBatch(tokens, labels, Segments(starts), int((labels != IGNORE_INDEX).sum()))
+    counts = tuple((labels != IGNORE_INDEX).sum(1).tolist())
+    sources = None
+    if isinstance(source, ManySources):
+        numbers = tuple(source.source_of(index) for index in range(first, first + count))
+        sources = RowSources(source.names, numbers, torch.tensor(numbers))
+    return RowBatch(tokens, labels, Segments(starts), sum(counts), counts, sources)

@@ -66,6 +66,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         model=model,
         source=rows.train,
         validation=rows.validation,
+        validation_weights={name: entry.weight for name, entry in config.mixture.items()},
         folder=attempt.folder,
         run_id=run.run_id,
         changes=attempt.changes,

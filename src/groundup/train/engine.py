@@ -21,6 +21,8 @@ from groundup.train.lanes import Lanes
 from groundup.train.out_of_memory import is_out_of_memory, smaller_micro_batch
 from groundup.train.scaler import LossScaler
 
+SOURCE_NLL = "nll by source"
+
 
 @dataclass(frozen=True)
 class StepSums:
@@ -36,6 +38,10 @@ class StepSums:
     """The objective's other terms, as in `LossSums`."""
     expert_load_LE: Tensor | None = None
     """Tokens that each expert of each layer with experts was given; None in a model without experts."""
+    source_nll_S: Tensor | None = None
+    """`nll_sum` by source; None where all rows are of one."""
+    source_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Supervised tokens by source, in the same order."""
 
     @property
     def loss(self) -> float:
@@ -43,8 +49,11 @@ class StepSums:
         return float(self.nll_sum) / self.num_loss_tokens if self.num_loss_tokens else float("nan")
 
     def figures(self) -> dict[str, Any]:
-        """For the metrics: each other term per supervised token, and the tokens of each expert by layer."""
+        """For the metrics: each other term per supervised token, the loss by source, each expert's tokens by layer."""
         values: dict[str, Any] = {name: float(value) / self.num_loss_tokens for name, value in self.extras.items()}
+        if self.source_nll_S is not None:
+            sums = zip(self.source_tokens.items(), self.source_nll_S.tolist(), strict=True)
+            values["source_loss"] = {name: nll / count for (name, count), nll in sums if count}
         if self.expert_load_LE is not None:
             values[EXPERT_LOAD] = [[int(count) for count in layer] for layer in self.expert_load_LE.tolist()]
         return values
@@ -176,6 +185,8 @@ class TorchEngine:
         divisor = max(1, batch.num_loss_tokens)
         self._grad_scale = 1.0 if self.scaler is None else self.scaler.scale / divisor
         totals = self.model.no_totals(self.device)
+        if batch.sources is not None:
+            totals[SOURCE_NLL] = torch.zeros(len(batch.sources.names), device=self.device)
         share = self._share(range(0, len(batch), self.micro_batch_rows))
         compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
         for part, gradients in self._lanes.map(
@@ -188,8 +199,16 @@ class TorchEngine:
         busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(list(totals.values()))
-        nll_sum, expert_load_LE = totals.pop(NLL), totals.pop(EXPERT_LOAD, None)
-        return StepSums(nll_sum, batch.num_loss_tokens, busy_seconds, self.loss_scale, totals, expert_load_LE)
+        return StepSums(
+            totals.pop(NLL),
+            batch.num_loss_tokens,
+            busy_seconds,
+            self.loss_scale,
+            expert_load_LE=totals.pop(EXPERT_LOAD, None),
+            source_nll_S=totals.pop(SOURCE_NLL, None),
+            source_tokens=batch.source_tokens(),
+            extras=totals,
+        )
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
@@ -216,7 +235,7 @@ class TorchEngine:
         gradients = {name: copy.grad for name, copy in self._copies.items() if copy.grad is not None}
         for copy in self._copies.values():
             copy.grad = None
-        return sums.totals(), gradients
+        return self._totals(sums, part), gradients
 
     def _gradients_apart(self, part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of a micro-batch as tensors of their own. `seed` is not used: lanes share one generator, so a
@@ -228,7 +247,16 @@ class TorchEngine:
             self._to_minimise(sums, divisor), list(self._computing.values()), allow_unused=True
         )
         named = zip(self._computing, gradients, strict=True)
-        return sums.totals(), {name: gradient for name, gradient in named if gradient is not None}
+        return self._totals(sums, part), {name: gradient for name, gradient in named if gradient is not None}
+
+    def _totals(self, sums: LossSums, part: RowBatch) -> dict[str, Tensor]:
+        """What adds up, the negative log-likelihood by source among it."""
+        totals = sums.totals()
+        if part.sources is not None:
+            numbers_B = part.sources.numbers_B.to(self.device)
+            zeros_S = torch.zeros(len(part.sources.names), device=self.device)
+            totals[SOURCE_NLL] = zeros_S.index_add_(0, numbers_B, sums.per_token_BT.sum(1))
+        return totals
 
     def _to_minimise(self, sums: LossSums, divisor: int) -> Tensor:
         loss = sums.loss_sum / divisor

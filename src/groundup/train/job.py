@@ -37,6 +37,8 @@ class TrainingJob:
     """Name of the run in its checkpoints: those of another run are not taken."""
     changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Settings that are not those the run began with: (old, new) by name."""
+    validation_weights: Mapping[str, float] = field(default_factory=dict)
+    """What each validation set's loss weighs where one number is needed, as for the best checkpoint; 1 where unnamed."""
     token_bytes: NDArray[np.integer[Any]] | None = None
     """Bytes each id stands for; None where that is not defined."""
     world: World = field(default_factory=World)

@@ -1,5 +1,6 @@
 """One training run from its first step or last checkpoint to its end: the same for pretraining, SFT and LoRA."""
 
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -342,7 +343,9 @@ class TrainingRun:
             assert values is not None
             if looks:
                 values["val"] = looks
-                self.state.look_loss = next(iter(looks.values()))["loss"]
+                weights = [self.job.validation_weights.get(name, 1.0) for name in looks]
+                losses = [figures["loss"] for figures in looks.values()]
+                self.state.look_loss = sum(map(operator.mul, weights, losses)) / sum(weights)
             self.metrics.write(values)
             self.state.unwritten = None
         return looks
