@@ -75,8 +75,8 @@ def two_terms(monkeypatch):
     """A model whose objective has a second term: a tenth of the squared logits of each row's first supervised token."""
     honest = CausalLM.forward
 
-    def forward(self, tokens_BT, segments, labels_BT):
-        sums = honest(self, tokens_BT, segments, labels_BT)
+    def forward(self, tokens_BT, segments, labels_BT, **options):
+        sums = honest(self, tokens_BT, segments, labels_BT, **options)
         is_supervised_BT = labels_BT != IGNORE_INDEX
         squares_B = self.logits(tokens_BT, segments)[:, 0].square().mean(-1)
         term = (squares_B * is_supervised_BT.any(1)).sum()

@@ -53,8 +53,8 @@ def ragged_batch(labels):
 class TwoTerms(CausalLM):
     """A model whose objective has a second term, and which counts like one with experts."""
 
-    def forward(self, tokens_BT, segments, labels_BT):
-        sums = super().forward(tokens_BT, segments, labels_BT)
+    def forward(self, tokens_BT, segments, labels_BT, **options):
+        sums = super().forward(tokens_BT, segments, labels_BT, **options)
         is_supervised_BT = labels_BT != IGNORE_INDEX
         squares_B = self.logits(tokens_BT, segments)[:, 0].square().mean(-1)
         term = (squares_B * is_supervised_BT.any(1)).sum()
