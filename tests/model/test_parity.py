@@ -6,9 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from groundup.model.attention import Attention
-from groundup.model.block import MLP, Block
+from groundup.model.block import Block
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.model.mlp import MLP
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import rope_table, rotate
 from groundup.model.segments import Segments

@@ -15,13 +15,28 @@ from torch import Tensor
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
 from groundup.base.pickles import refuse_pickle
+from groundup.checkpoint.experts import stacked, unstacked
 from groundup.checkpoint.weight_files import weight_files
 from groundup.model.causal_lm import CausalLM
-from groundup.model.config import ModelConfig
+from groundup.model.config import EXPERT_FIELDS, SPARSE_TYPES, ModelConfig, fields_about_experts
 from groundup.model.rope_config import NEEDED, READ, RopeParameters
 from groundup.tokenizer.bpe import TextTokenizer
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+}
+EXPERT_COUNTS = {
+    "qwen3_moe": ("num_experts", "num_local_experts"),
+    "mixtral": ("num_local_experts",),
+    "dots1": ("n_routed_experts",),
+}
+"""What config.json calls the number of experts."""
+ROUTER_BIAS = "e_score_correction_bias"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -63,7 +78,21 @@ def config_json(
         "pad_token_id": pad_token_id,
         "dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
+        **_expert_fields(config),
     }
+
+
+def _expert_fields(config: ModelConfig) -> dict[str, Any]:
+    """The part of config.json about experts; fields that only training reads stand beside those of `transformers`."""
+    if config.model_type not in SPARSE_TYPES:
+        return {}
+    fields = {name: getattr(config, name) for name in fields_about_experts(config.model_type)}
+    # Hub checkpoints say num_experts, transformers from version 5 on num_local_experts, dots1 n_routed_experts
+    for name in EXPERT_COUNTS[config.model_type]:
+        fields[name] = config.num_experts
+    if config.model_type == "dots1":
+        fields |= {"n_group": 1, "topk_group": 1, "max_window_layers": config.num_hidden_layers}
+    return {**fields, "sliding_window": None}
 
 
 def save_model(
@@ -78,8 +107,9 @@ def save_model(
     """Write config, weights and tokenizer into `folder`. `weights` are the full-precision tensors by name."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().to(dtype).contiguous().clone()
-        for name, tensor in weights.items()
+        # a router's bias chooses experts by differences that a short dtype does not hold
+        name: tensor.detach().to(tensor.dtype if name.endswith(ROUTER_BIAS) else dtype).contiguous().clone()
+        for name, tensor in unstacked(model.config, weights).items()
         if not (model.config.tie_word_embeddings and name == "lm_head.weight")
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -133,6 +163,9 @@ def read_model_config(folder: Path) -> ModelConfig:
         "attention_bias": bool(values.get("attention_bias")) and model_type == "qwen2",
         "rotary positions on a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "mlp_bias": bool(values.get("mlp_bias")),
+        "sliding attention": (model_type == "mixtral" and bool(values.get("sliding_window")))
+        or "sliding_attention" in (values.get("layer_types") or ()),
+        "groups of experts": values.get("n_group") not in (None, 1),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
     }
     for what, is_asked in refused.items():
@@ -150,6 +183,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     fields["rope_parameters"] = _rope_parameters(rope or scaling, path)
     fields.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     fields.setdefault("tie_word_embeddings", False)
+    fields = _read_expert_fields(model_type, values, fields)
     try:
         return ModelConfig(model_type=model_type, **fields)
     except ValidationError as error:
@@ -183,6 +217,18 @@ def _rope_parameters(values: Mapping[str, Any], path: Path) -> RopeParameters:
         ) from None
 
 
+def _read_expert_fields(model_type: str, values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields about experts under our names; what is not there has the default of `transformers`."""
+    known = fields_about_experts(model_type)
+    fields = {name: value for name, value in fields.items() if name in known or name not in EXPERT_FIELDS}
+    if model_type in SPARSE_TYPES:
+        counts = [values[name] for name in EXPERT_COUNTS[model_type] if values.get(name) is not None]
+        fields["num_experts"] = counts[0] if counts else None
+    if "norm_topk_prob" in known:
+        fields.setdefault("norm_topk_prob", False)
+    return fields
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors files. Raises CheckpointError for pickles and damaged files."""
     tensors: dict[str, Tensor] = {}
@@ -201,6 +247,7 @@ def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) 
     """Put tensors into a model; a missing, unexpected or wrongly shaped one is a CheckpointError that lists them."""
     # older files hold the rotary frequencies too, which are computed
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    tensors = stacked(model.config, tensors)
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     expected = dict(model.named_parameters())

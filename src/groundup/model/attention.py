@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
-        self.has_qk_norm = config.model_type == "qwen3"
+        self.has_qk_norm = config.has_qk_norm
         if self.has_qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)

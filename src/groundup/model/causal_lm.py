@@ -1,13 +1,17 @@
 """The whole model: embedding, blocks, final norm, and a head that gives losses (training) or logits (generation)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from groundup.model.attention import AttentionMaker
+from groundup.model.balance import LOAD_BALANCE, ROUTER_Z, counted_tokens, expert_load, load_balance, router_z
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
-from groundup.model.loss import NLL, PLAIN, LossOptions, LossSums, linear_cross_entropy
+from groundup.model.loss import EXPERT_LOAD, IGNORE_INDEX, NLL, PLAIN, LossOptions, LossSums, linear_cross_entropy
+from groundup.model.moe import Router, Routing, SparseMLP
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import model_rope_table
 from groundup.model.segments import Segments
@@ -21,15 +25,21 @@ class Decoder(nn.Module):
         assert config.vocab_size != "auto", "resolve the vocabulary before building the model"
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, is_sparse=config.is_sparse(layer)) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens_BT: Tensor, segments: Segments) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segments: Segments, routings: list[Routing] | None = None) -> Tensor:
+        """Hidden states (B, T, D); where the layers with experts sent the tokens is appended to `routings`."""
         x_BTD = self.embed_tokens(tokens_BT)
         cos_BTK, sin_BTK = model_rope_table(segments.position_ids_BT, self.config, segments)
         bias_B1TT = segments.bias_B1TT(x_BTD.dtype)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TT)
+            out = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TT)
+            x_BTD = out[0] if isinstance(out, tuple) else out
+            if isinstance(out, tuple) and routings is not None:
+                routings.append(out[1])
         return self.norm(x_BTD)
 
     def forward_cached(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
@@ -39,7 +49,8 @@ class Decoder(nn.Module):
         cos_BTK, sin_BTK = model_rope_table(positions_BT, self.config)
         bias_B1TS = bias_B1TS.to(x_BTD.dtype)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TS, layer_cache)
+            out = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TS, layer_cache)
+            x_BTD = out[0] if isinstance(out, tuple) else out
         return self.norm(x_BTD)
 
 
@@ -58,18 +69,59 @@ class CausalLM(nn.Module):
 
     def forward(self, tokens_BT: Tensor, segments: Segments, labels_BT: Tensor, *, grad_scale: float = 1.0) -> LossSums:
         """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing."""
-        h_BTD = self.model(tokens_BT, segments)
-        return linear_cross_entropy(
+        routings: list[Routing] = []
+        h_BTD = self.model(tokens_BT, segments, routings)
+        sums = linear_cross_entropy(
             h_BTD, self.lm_head.weight, labels_BT, grad_scale=grad_scale, options=self.loss_options
         )
+        return self._with_balance(sums, routings, labels_BT, segments) if routings else sums
+
+    def _with_balance(self, sums: LossSums, routings: list[Routing], labels_BT: Tensor, segments: Segments) -> LossSums:
+        config = self.config
+        counted_BT, weight_B = counted_tokens(labels_BT, segments), (labels_BT != IGNORE_INDEX).float().sum(1)
+        loss_sum, extras = sums.loss_sum, dict(sums.extras)
+        if config.router_aux_loss_coef:
+            extras[LOAD_BALANCE] = load_balance(routings, counted_BT, weight_B, config)
+            loss_sum = loss_sum + config.router_aux_loss_coef * extras[LOAD_BALANCE]
+        if config.router_z_loss_coef:
+            extras[ROUTER_Z] = router_z(routings, counted_BT, weight_B)
+            loss_sum = loss_sum + config.router_z_loss_coef * extras[ROUTER_Z]
+        extras = {name: value.detach() for name, value in extras.items()}
+        return replace(sums, loss_sum=loss_sum, extras=extras, expert_load_LE=expert_load(routings, counted_BT))
 
     def extra_terms(self) -> tuple[str, ...]:
         """Names of the objective's terms beside the negative log-likelihood: the keys of `LossSums.extras`."""
-        return self.loss_options.terms()
+        weights = {LOAD_BALANCE: self.config.router_aux_loss_coef, ROUTER_Z: self.config.router_z_loss_coef}
+        of_routers = (name for name, weight in weights.items() if weight and self._sparse_mlps())
+        return (*self.loss_options.terms(), *of_routers)
 
     def no_totals(self, device: torch.device | str) -> dict[str, Tensor]:
         """`LossSums.totals` of no token: zeros under every name."""
-        return {name: torch.zeros((), device=device) for name in (NLL, *self.extra_terms())}
+        totals = {name: torch.zeros((), device=device) for name in (NLL, *self.extra_terms())}
+        if sparse := self._sparse_mlps():
+            assert self.config.num_experts is not None
+            totals[EXPERT_LOAD] = torch.zeros(len(sparse), self.config.num_experts, device=device)
+        return totals
+
+    def _sparse_mlps(self) -> list[SparseMLP]:
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, SparseMLP)]
+
+    def balance_biases(self) -> dict[str, nn.Parameter]:
+        """The biases that `balance_experts` moves, by name: those of routers that are trained."""
+        return {
+            f"{name}.e_score_correction_bias": module.e_score_correction_bias
+            for name, module in self.named_modules()
+            if isinstance(module, Router) and module.has_bias and module.weight.requires_grad
+        }
+
+    @torch.no_grad()
+    def balance_experts(self, expert_load_LE: Tensor) -> None:
+        """Raise the bias of every expert that a step's whole batch gave too little, lower that of one with too much,
+        by one fixed step (Wang et al., arXiv:2408.15664). Frozen routers keep theirs."""
+        for mlp, load_E in zip(self._sparse_mlps(), expert_load_LE, strict=True):
+            if mlp.gate.has_bias and mlp.gate.weight.requires_grad:
+                step_E = self.config.router_bias_update_rate * (load_E.mean() - load_E).sign()
+                mlp.gate.e_score_correction_bias.add_(step_E)
 
     def logits(self, tokens_BT: Tensor, segments: Segments | None = None) -> Tensor:
         """Logits (B, T, V) at every position; for comparisons, not for training."""
@@ -90,9 +142,9 @@ class CausalLM(nn.Module):
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 parameter.normal_(0.0, residual_std, generator=generator)
-            elif parameter.dim() == 2:
+            elif parameter.dim() >= 2:
                 parameter.normal_(0.0, std, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
@@ -111,3 +163,12 @@ class CausalLM(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self, *, min_dims: int = 0) -> int:
+        """Parameters that one token meets: of the experts, those it is given to. `min_dims=2` counts matrices only."""
+        num_idle = sum(
+            parameter.numel() // len(parameter) * (len(parameter) - mlp.gate.num_chosen)
+            for mlp in self._sparse_mlps()
+            for parameter in mlp.experts.parameters()
+        )
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() >= min_dims) - num_idle

@@ -2,17 +2,22 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from groundup.base.config import Config
 from groundup.model.rope_config import RopeParameters
+
+ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe", "mixtral", "dots1"]
+SPARSE_TYPES = ("qwen3_moe", "mixtral", "dots1")
 
 
 class ModelConfig(Config):
     """Shape of a decoder-only transformer of the Llama family."""
 
-    model_type: Literal["qwen3", "qwen2", "llama"] = "qwen3"
-    """qwen3 normalises queries and keys per head; qwen2 has biases on q, k and v; llama has neither."""
+    model_type: ModelType = "qwen3"
+    """qwen3 normalises queries and keys per head; qwen2 has biases on q, k and v; llama has neither. With experts:
+    qwen3_moe is qwen3, mixtral is llama; dots1 is qwen3 with experts as in DeepSeek-V3: sigmoid scores, a bias that
+    balances the load, experts that every token shares."""
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -32,6 +37,33 @@ class ModelConfig(Config):
     tie_word_embeddings: bool = True
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 × layers)."""
+    num_experts: PositiveInt | None = None
+    """Experts of a layer, of which a token is given to num_experts_per_tok (Shazeer et al., arXiv:1701.06538)."""
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    """MLP size of one expert; mixtral takes intermediate_size."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts are made to sum to 1."""
+    decoder_sparse_step: PositiveInt = 1
+    """qwen3_moe: every n-th layer has experts."""
+    mlp_only_layers: tuple[NonNegativeInt, ...] = ()
+    """qwen3_moe: layers, counted from 0, without experts."""
+    first_k_dense_replace: NonNegativeInt = 0
+    """dots1: so many first layers are without experts."""
+    n_shared_experts: PositiveInt | None = None
+    """dots1: experts that every token is given to, as one MLP of their sizes together (arXiv:2401.06066)."""
+    routed_scaling_factor: PositiveFloat = 1.0
+    """dots1: what the weights of a token's experts are multiplied by."""
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+    """Weight of the load-balancing loss (Switch, arXiv:2101.03961); 0 is without. The loss itself is
+    num_experts_per_tok where every expert gets the same."""
+    router_aux_loss_scope: Literal["row", "batch"] = "row"
+    """Over which tokens the balance is taken. row: each row by itself, so that no result depends on the micro-batch.
+    batch: all rows of a micro-batch and all layers together, as `transformers` does; that depends on the micro-batch."""
+    router_z_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of the router's logits (ST-MoE, arXiv:2202.08906); 0 is without."""
+    router_bias_update_rate: NonNegativeFloat = 0.001
+    """dots1: step by which an expert's bias follows the load of a whole batch (arXiv:2408.15664); 0 leaves it."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -42,6 +74,53 @@ class ModelConfig(Config):
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size} must be even for RoPE")
         return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        fields = type(self).model_fields
+        named = [name for name in EXPERT_FIELDS if getattr(self, name) != fields[name].default]
+        if self.model_type not in SPARSE_TYPES:
+            if named:
+                raise ValueError(f"{', '.join(sorted(named))}: {self.model_type=} has no experts")
+            return self
+        if self.num_experts is None or self.num_experts_per_tok is None:
+            raise ValueError(f"{self.model_type=} needs num_experts and num_experts_per_tok")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"{self.num_experts_per_tok=} is more than {self.num_experts=}")
+        if self.model_type != "mixtral" and self.moe_intermediate_size is None:
+            raise ValueError(f"{self.model_type=} needs moe_intermediate_size")
+        if self.model_type == "dots1" and self.n_shared_experts is None:
+            raise ValueError("self.model_type='dots1' needs n_shared_experts")
+        foreign = [name for name in named if self.model_type not in EXPERT_FIELDS[name]]
+        if foreign:
+            raise ValueError(f"{', '.join(sorted(foreign))}: not of {self.model_type=}")
+        if not any(self.is_sparse(layer) for layer in range(self.num_hidden_layers)):
+            raise ValueError(f"{self.model_type=} with experts in no layer")
+        return self
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return (
+            self.model_type in SPARSE_TYPES
+            and (layer + 1) % self.decoder_sparse_step == 0
+            and layer not in self.mlp_only_layers
+            and layer >= self.first_k_dense_replace
+        )
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head."""
+        return self.model_type in ("qwen3", "qwen3_moe", "dots1")
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether experts are chosen by sigmoid scores with a bias, as in DeepSeek-V3."""
+        return self.model_type == "dots1"
+
+    @property
+    def expert_size(self) -> int:
+        """MLP size of one expert."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def head_size(self) -> int:
@@ -54,3 +133,28 @@ class ModelConfig(Config):
         rope = self.rope_parameters
         growth = rope.factor if rope.rope_type == "dynamic" and rope.factor else 1.0
         return int(self.max_position_embeddings * growth)
+
+
+EXPERT_FIELDS = {
+    **dict.fromkeys(
+        (
+            "num_experts",
+            "num_experts_per_tok",
+            "router_aux_loss_coef",
+            "router_aux_loss_scope",
+            "router_z_loss_coef",
+        ),
+        SPARSE_TYPES,
+    ),
+    **dict.fromkeys(("moe_intermediate_size", "norm_topk_prob"), ("qwen3_moe", "dots1")),
+    **dict.fromkeys(("decoder_sparse_step", "mlp_only_layers"), ("qwen3_moe",)),
+    **dict.fromkeys(
+        ("first_k_dense_replace", "n_shared_experts", "routed_scaling_factor", "router_bias_update_rate"), ("dots1",)
+    ),
+}
+"""The model types that each field about experts belongs to."""
+
+
+def fields_about_experts(model_type: str) -> list[str]:
+    """The fields about experts of a model type."""
+    return [name for name, types in EXPERT_FIELDS.items() if model_type in types]

@@ -142,6 +142,8 @@ class TorchEngine:
             self.masters = trained
             self._copies = {}
         self._computing = {name: self._copies.get(name, master) for name, master in self.masters.items()}
+        self._biases = model.balance_biases()
+        self._load_LE: Tensor | None = None
         self._lanes = Lanes(num_lanes)
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
         self._norm, self._grad_scale = 0.0, 1.0
@@ -199,6 +201,7 @@ class TorchEngine:
         busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(list(totals.values()))
+        self._load_LE = totals.get(EXPERT_LOAD)
         return StepSums(
             totals.pop(NLL),
             batch.num_loss_tokens,
@@ -308,6 +311,8 @@ class TorchEngine:
         rates = set_lr(self.optimizers, lr_multiplier)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self._biases and self._load_LE is not None:
+            self.model.balance_experts(self._load_LE)
         if self.scaler is not None:
             self.scaler.grow()
         self.discard_gradients()
@@ -322,6 +327,12 @@ class TorchEngine:
     def discard_gradients(self) -> None:
         for master in self.masters.values():
             master.grad = None
+        self._load_LE = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All that training changes in the model, in fp32: what has a gradient, and the biases of routers."""
+        return {name: weight.detach() for name, weight in (self.masters | self._biases).items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         names = {id(master): name for name, master in self.masters.items()}
@@ -331,23 +342,23 @@ class TorchEngine:
                 for key, value in values.items():
                     optimizer_state[f"{names[id(master)]}:{key}"] = value
         state = {
-            "model": {name: master.detach() for name, master in self.masters.items()},
+            "model": self.weights,
             "optimizer": optimizer_state,
         }
         return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        weights = tensors["model"]
-        if weights.keys() != self.masters.keys():
+        weights, own = tensors["model"], self.weights
+        if weights.keys() != own.keys():
             raise CheckpointError(
                 "E-KEYS",
-                what=f"the checkpoint has {len(weights)} tensors, the run {len(self.masters)}; "
-                f"differing: {sorted(weights.keys() ^ self.masters.keys())[:4]}",
+                what=f"the checkpoint has {len(weights)} tensors, the run {len(own)}; "
+                f"differing: {sorted(weights.keys() ^ own.keys())[:4]}",
                 next="begin again with `--restart`",
             )
         with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(weights[name])
+            for name, weight in own.items():
+                weight.copy_(weights[name])
         for optimizer in self.optimizers:
             optimizer.state.clear()  # a state from before the first step has no moments
         owner = {

@@ -44,7 +44,7 @@ class TrainingRun:
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.config = job, job.config
-        matrix_parameters = sum(p.numel() for p in job.model.parameters() if p.dim() >= 2)
+        matrix_parameters = job.model.num_active_parameters(min_dims=2)
         has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in job.model.modules())
         self.world = job.world
         self.resolved = self._resolve(matrix_parameters, has_dropout)
@@ -161,7 +161,7 @@ class TrainingRun:
             self._note_world()
         elif "rewind" in (self.config.on_nonfinite, self.config.on_spike):
             self._save(wait=True)  # where a rewind before the first checkpoint goes
-        refuse_divergence(self.world, self.state.step, self.engine.masters)
+        refuse_divergence(self.world, self.state.step, self.engine.weights)
         self.world.report(self.state.step)
         with stop_request() as stop, stop.polled(lambda: self._rescue(stop)), self.job.log.progress() as line:
             is_done = False
@@ -232,7 +232,7 @@ class TrainingRun:
             self._note_shrunk(result.step)
             is_saved = result.step == total or self._is_due("checkpoint_every")
             if is_saved or result.step % self.job.compare_every == 0:
-                refuse_divergence(self.world, result.step, self.engine.masters)
+                refuse_divergence(self.world, result.step, self.engine.weights)
             looks = self._look(stop)
             self._record_timing(result)
             self._note_straggler(result)
