@@ -107,7 +107,7 @@ def test_a_scale_inside_keeps_small_gradients_in_fp16():
         (torch.float16, 1.0),
         (torch.float16, 2.0**12),
     ):
-        h, weight = (t.to(dtype).requires_grad_() for t in (h_BTD, weight_VD))
+        h, weight = (t.detach().to(dtype).clone().requires_grad_() for t in (h_BTD, weight_VD))
         (linear_cross_entropy(h, weight, labels_BT, grad_scale=scale).loss_sum * 2.0**12).backward()
         gradients.append(torch.cat([h.grad.flatten(), weight.grad.flatten()]).double())
     plain, scaled, lost, kept = gradients
