@@ -36,7 +36,8 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     overlong: Literal["drop_row", "drop_turns", "cut_tail"] = "drop_row"
     """A chat longer than a row: left out, without its oldest turns, or without its tail. The ledger counts each."""
     init_from: str = "auto"
-    """The model to begin with: a model directory; auto takes the run's stage before this one."""
+    """The model to begin with: a model directory, or a name on the Hugging Face Hub (owner/model); auto takes the run's
+    stage before this one."""
     adapter_from: str | None = None
     """An adapter's directory whose training goes on, on the base it was trained on; None begins a new adapter."""
     chat_template: Literal["model", "built-in"] = "model"

@@ -26,6 +26,7 @@ from groundup.stages.adapting import adapt, with_new_tokens
 from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
+from groundup.stages.hub import is_hub_name, model_of_hub
 from groundup.stages.models import load_with_tokenizer
 from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
@@ -135,6 +136,8 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
     recipe = work.recipe
     config = section_of(work, stage)
     if config.init_from != "auto":
+        if is_hub_name(config.init_from):
+            return model_of_hub(config.init_from, work.log)
         folder = Path(config.init_from)
         refuse_pickle(folder)
         if (folder / "adapter_config.json").is_file():
@@ -150,7 +153,7 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
                 "E-MODEL-NONE",
                 what="no model directory (no config.json)",
                 where=folder,
-                next=f"set {stage}.init_from to a directory with config.json and *.safetensors",
+                next=f"set {stage}.init_from to a directory with config.json and *.safetensors, or a name on the Hub",
             )
         return folder
     earlier = "sft" if stage == "lora" and recipe.sft is not None else "pretrain"
