@@ -19,10 +19,11 @@ def is_hub_name(text: str) -> bool:
 def model_of_hub(name: str, log: Log) -> Path:
     """The directory of a Hub model. Raises ConfigError where it is neither in the cache nor to be had, CheckpointError
     for one without safetensors."""
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    # the library that carries the requests has had three names; a connection that fails is its HTTPError
+    transport = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     patterns = [*WANTED, *TEMPLATES]
     try:
         cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
@@ -43,7 +44,7 @@ def model_of_hub(name: str, log: Log) -> Path:
         size = sum(file.size or 0 for file in chosen)
         log.say(f"downloads {len(chosen)} files, {size / 1e6:,.1f} MB, of https://huggingface.co/{name}")
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, HFValidationError) as error:
+    except (OSError, *transport, OfflineModeIsEnabled, HFValidationError) as error:
         raise ConfigError(
             "E-HUB",
             what=f"neither a directory here nor to be had from the Hub: {' '.join(str(error).split())[:160]}",
