@@ -345,6 +345,25 @@ def export(model: str, *, to: Path, dtype: str = "fp32") -> None:
 
 
 @app.command
+def convert(file: Path, *, to: Path, tokenizer: Path) -> None:
+    """Turn MiniMind's .pth weights into a model directory, without running what a pickle can hide.
+
+    Parameters
+    ----------
+    file
+        The .pth file; its shape is read off its tensors.
+    to
+        A new folder.
+    tokenizer
+        Directory of the tokenizer it was trained with.
+    """
+    from groundup.stages.convert import convert as convert_file
+
+    log = Log()
+    log.say(f"converted to {convert_file(file, to, tokenizer, log)}")
+
+
+@app.command
 def report(run: Path) -> None:
     """Write a run's report.html: one self-contained page.
 

@@ -96,6 +96,16 @@ def test_a_pickle_in_a_model_s_folder(trials, model, tmp_path, name, payload):
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_pickle_given_to_the_converter(engine, trials, tmp_path, payload):
+    """The one command that reads pickles reads tensors only."""
+    marker, path = tmp_path / "marker", tmp_path / "full_sft_512.pth"
+    path.write_bytes(PAYLOADS[payload](marker))
+    line = answer(trials, "convert", path, "--to", tmp_path / "new", "--tokenizer", engine.unbroken / "tokenizer")
+    assert "E-CKPT-FORMAT: pickle refused, it cannot be read as tensors alone" in line
+    assert not marker.exists() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json"])
 def test_a_pickle_as_an_adapter(engine, trials, tmp_path, name, payload):
     marker, adapter = tmp_path / "marker", tmp_path / "adapter"
@@ -288,6 +298,6 @@ def test_secrets_of_the_environment_stand_nowhere(engine, trials, write_recipe, 
 
 def test_there_are_as_many_payloads_as_promised():
     """150 in all: pickles, YAML, names and templates."""
-    pickles = 3 * (7 + 10 + 3 + 3 + 5 + 2) + 2 * 4
+    pickles = 3 * (7 + 10 + 1 + 3 + 3 + 5 + 2) + 2 * 4
     assert pickles + len(YAMLS) + len(NAMES) - 1 + 5 >= 150
     assert yaml.safe_load(YAMLS[-4].replace("9" * 5000, "1")) is not None

@@ -25,7 +25,7 @@ def refuse_pickle(path: Path) -> None:
             "E-CKPT-FORMAT",
             what=f"pickle refused: {path.name} could run code and will not be read",
             where=path.parent,
-            next="give the weights as safetensors",
+            next="give the weights as safetensors; MiniMind's are turned into them by `groundup convert FILE --to DIR`",
         )
 
 

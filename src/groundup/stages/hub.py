@@ -23,7 +23,10 @@ def model_of_hub(name: str, log: Log) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     # the library that carries the requests has had three names; a connection that fails is its HTTPError
-    transport = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    faults: tuple[type[Exception], ...] = (
+        *(OSError, OfflineModeIsEnabled, HFValidationError),
+        *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"),
+    )
     patterns = [*WANTED, *TEMPLATES]
     try:
         cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
@@ -44,7 +47,7 @@ def model_of_hub(name: str, log: Log) -> Path:
         size = sum(file.size or 0 for file in chosen)
         log.say(f"downloads {len(chosen)} files, {size / 1e6:,.1f} MB, of https://huggingface.co/{name}")
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, *transport, OfflineModeIsEnabled, HFValidationError) as error:
+    except faults as error:
         raise ConfigError(
             "E-HUB",
             what=f"neither a directory here nor to be had from the Hub: {' '.join(str(error).split())[:160]}",
