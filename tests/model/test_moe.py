@@ -275,9 +275,9 @@ def test_parameters_are_counted_and_begin_as_they_should(make_model):
     model.initialize(torch.Generator().manual_seed(0))
     mlp = model.model.layers[0].mlp
     assert isinstance(mlp, SparseMLP)
-    assert float(mlp.experts.gate_up_proj.std()) == pytest.approx(0.02, rel=0.03)
-    assert float(mlp.experts.down_proj.std()) == pytest.approx(0.02 / 4, rel=0.03)
-    assert float(mlp.gate.weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert mlp.experts.gate_up_proj.std().item() == pytest.approx(0.02, rel=0.03)
+    assert mlp.experts.down_proj.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+    assert mlp.gate.weight.std().item() == pytest.approx(0.02, rel=0.1)
     biased = make_model(**MOE["dots1"])
     biased.initialize(torch.Generator().manual_seed(0))
     assert not biased.model.layers[1].mlp.gate.e_score_correction_bias.any()
