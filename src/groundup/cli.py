@@ -32,6 +32,12 @@ AllowChange = Annotated[
     tuple[str, ...], Parameter(negative="", help="Go on with an unfinished stage although this setting changed.")
 ]
 Restart = Annotated[bool, Parameter(negative="", help="Begin the stage again.")]
+Strict = Annotated[
+    bool, Parameter(negative="", help="A damaged checkpoint ends with exit 4; else the one before it is taken.")
+]
+Exact = Annotated[
+    bool, Parameter(negative="", help="Refuse to go on where the end could have other bits than an unbroken run's.")
+]
 
 
 def _overrides(tokens: Sequence[str]) -> list[tuple[str, str]]:
@@ -70,6 +76,8 @@ def _work(
     restart: bool = False,
     *,
     trains: bool = False,
+    strict: bool = False,
+    exact: bool = False,
 ) -> Any:
     from groundup.base.artifact import ChangePolicy, RunFolder
     from groundup.parallel.world import World
@@ -86,7 +94,8 @@ def _work(
             next=f"start {loaded.parallel.data} ranks, or leave parallel.data out",
         )
     log = Log(quiet=not world.is_first)
-    return Work(loaded, RunFolder(runs_dir / loaded.name), log, ChangePolicy(tuple(allow_change), restart), world)
+    policy = ChangePolicy(tuple(allow_change), restart)
+    return Work(loaded, RunFolder(runs_dir / loaded.name), log, policy, world, is_strict=strict, is_exact=exact)
 
 
 class _NeedsRanks(Exception):
@@ -96,10 +105,8 @@ class _NeedsRanks(Exception):
         self.config = config
 
 
-def _run_stage(
-    stage: str, recipe: str, tokens: Sequence[str], runs_dir: Path, allow_change: Sequence[str], restart: bool
-) -> None:
-    work = _work(recipe, tokens, runs_dir, allow_change, restart, trains=stage in ("pretrain", "sft", "lora"))
+def _run_stage(stage: str, *arguments: Any, **options: Any) -> None:
+    work = _work(*arguments, trains=stage in TRAINING_COMMANDS, **options)
     from groundup.stages.run import run_stages
 
     run_stages(work, (stage,))
@@ -119,8 +126,11 @@ WORKING_COMMANDS = {*STAGE_COMMANDS, "run", "quickstart", "eval", "merge"}
 """Commands that a signal asks to stop, so that the same command goes on."""
 
 
+TRAINING_COMMANDS = ("pretrain", "sft", "lora")
+
+
 def _stage_command(name: str) -> Callable[..., None]:
-    def command(
+    def prepare(
         recipe: str,
         *settings: Overrides,
         runs_dir: RunsDir = Path("runs"),
@@ -129,6 +139,18 @@ def _stage_command(name: str) -> Callable[..., None]:
     ) -> None:
         _run_stage(name, recipe, settings, runs_dir, allow_change, restart)
 
+    def train(
+        recipe: str,
+        *settings: Overrides,
+        runs_dir: RunsDir = Path("runs"),
+        allow_change: AllowChange = (),
+        restart: Restart = False,
+        strict: Strict = False,
+        exact: Exact = False,
+    ) -> None:
+        _run_stage(name, recipe, settings, runs_dir, allow_change, restart, strict=strict, exact=exact)
+
+    command = train if name in TRAINING_COMMANDS else prepare
     command.__doc__ = f"""{STAGE_COMMANDS[name][0]}
 
     Parameters
@@ -150,6 +172,8 @@ def run(
     runs_dir: RunsDir = Path("runs"),
     allow_change: AllowChange = (),
     restart: Restart = False,
+    strict: Strict = False,
+    exact: Exact = False,
 ) -> None:
     """Run every stage of a recipe; the same command again goes on.
 
@@ -158,7 +182,7 @@ def run(
     recipe
         A YAML file, a run's folder, or the name of a recipe that ships with groundup.
     """
-    work = _work(recipe, settings, runs_dir, allow_change, restart, trains=True)
+    work = _work(recipe, settings, runs_dir, allow_change, restart, trains=True, strict=strict, exact=exact)
     from groundup.stages.run import run_all
 
     run_all(work)
@@ -171,6 +195,8 @@ def quickstart(
     runs_dir: RunsDir = Path("runs"),
     allow_change: AllowChange = (),
     restart: Restart = False,
+    strict: Strict = False,
+    exact: Exact = False,
 ) -> None:
     """Raw text to a chatting model in a few minutes, offline, on the Python library's own sources or your text.
 
@@ -189,7 +215,7 @@ def quickstart(
             char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in data.resolve().stem
         )
         overrides += ["--corpus.source", str(data), "--name", f"quickstart-{stem.lstrip('.')[:50]}"]
-    work = _work("quickstart", overrides, runs_dir, allow_change, restart, trains=True)
+    work = _work("quickstart", overrides, runs_dir, allow_change, restart, trains=True, strict=strict, exact=exact)
     from groundup.stages.quickstart import run_quickstart
 
     run_quickstart(work, has_own_data=data is not None)

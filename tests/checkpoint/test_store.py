@@ -260,13 +260,15 @@ class SmallDisk(Disk):
 
 def test_preflight_names_what_is_needed_and_free(kit):
     store = kit.store(disk=SmallDisk(), keep_last=2)
-    store.preflight(999)
+    store.preflight(999, 3)
     with pytest.raises(DoesNotFit, match=r"E-DISK-PREFLIGHT: checkpoints need 3,000 bytes .* has 2,999 free") as caught:
-        store.preflight(1_000)
+        store.preflight(1_000, 3)
     assert caught.value.exit_code == 7 and not kit.root.exists(), "a look makes nothing"
-    kit.store().preflight(1)
+    kit.store().preflight(1, 1)
     kit.save(1)
-    store.preflight(1_000)
+    store.preflight(1_000, 3)
+    with pytest.raises(DoesNotFit, match="checkpoints need 3,000 bytes more"):
+        store.preflight(3_000, 0)
 
 
 # ---- what is never saved

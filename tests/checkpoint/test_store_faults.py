@@ -90,6 +90,27 @@ def test_none_loadable_is_an_error_and_not_a_start_from_nothing(kit):
     assert kit.store().newest(before=1) is None
 
 
+def test_a_strict_store_takes_no_earlier_one(kit):
+    kit.save(1)
+    path = kit.save(2) / "model.safetensors"
+    assert not kit.differs(kit.store(is_strict=True).newest(), 2)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=r"E-CKPT-CORRUPT: step 2 cannot be used: model\.safetensors") as caught:
+        kit.store(is_strict=True).newest()
+    assert caught.value.exit_code == 4 and "`--strict`" in caught.value.line()
+    assert not kit.differs(kit.store().newest(), 1)
+
+
+def test_a_state_that_does_not_fit_is_passed_over(kit, capsys):
+    for step in (1, 2, 3):
+        kit.save(step)
+    fault_of = lambda state: "it is not mine" if state["step"] > 1 else None  # noqa: E731
+    assert not kit.differs(kit.store(quiet=False).newest(fault_of=fault_of), 1)
+    assert capsys.readouterr().err.count("is passed over: it is not mine") == 2
+    with pytest.raises(CheckpointError, match="E-CKPT-NONE-LOADABLE"):
+        kit.store().newest(fault_of=lambda state: "nor this")
+
+
 def test_a_folder_of_another_run_is_refused_by_name(kit, capsys):
     kit.save(1)
     before = kit.tree()

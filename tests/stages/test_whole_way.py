@@ -152,11 +152,30 @@ def test_a_finished_stage_trains_for_longer(copy):
     verify(run / "pretrain", read_manifest(run / "pretrain"))
 
 
-@pytest.mark.parametrize("name", ["pretrain.batch_size_tokens", "row_length"])
-def test_what_counts_the_place_in_the_data_cannot_be_allowed_to_change(copy, name):
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize(
+    "name", ["pretrain.batch_size_tokens", "row_length", "pretrain.optimizer", "optimizer", "model.hidden_size"]
+)
+def test_what_a_saved_state_is_made_of_cannot_be_allowed_to_change(copy, name, is_finished):
+    """Refused before anything is opened, moved or noted."""
+    recipe, runs, run = copy
+    if not is_finished:
+        (run / ".attempts").mkdir()
+        (run / "pretrain").rename(run / ".attempts" / "pretrain")
+        (run / ".attempts" / "pretrain" / "MANIFEST.json").rename(run / ".attempts" / "pretrain" / "ATTEMPT.json")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    said = refusal(
+        "pretrain", recipe, "--runs-dir", runs, "--pretrain.optimizer", "adamw", "--model.hidden_size", "32",
+        "--allow-change", name,
+    )  # fmt: skip
+    assert said.code == 2 and "E-CONFIG-ALLOW" in said.err and name in said.err and "--restart" in said.err
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_exact_and_allow_change_contradict_each_other(copy):
     recipe, runs, _ = copy
-    said = refusal("pretrain", recipe, "--runs-dir", runs, "--allow-change", name)
-    assert said.code == 2 and "E-CONFIG-ALLOW" in said.err and name in said.err
+    said = refusal("pretrain", recipe, "--runs-dir", runs, "--exact", "--allow-change", "lr")
+    assert said.code == 2 and "E-NOT-EXACT" in said.err
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,20 @@ def work_targets(folder, num_rows):
     return [int(label) for row in range(num_rows) for label in rows.row(row)[1] if label > 0]
 
 
+def test_a_slow_rank_is_named_once_and_nothing_is_aborted(on_two_ranks, tmp_path):
+    work.write_tokens(tmp_path)
+    for answer in on_two_ranks(WORK, "train_beside_a_slow_rank", str(tmp_path)):
+        assert answer["value"]["ended"] == "finished" and answer["value"]["step"] == 17
+        named = [event for event in answer["value"]["events"] if event["kind"] == "straggler"]
+        assert [event["step"] for event in named] == [8], "compared again at step 16"
+        assert named[0]["detail"].startswith("rank 1 computes ") and "x the median of the others" in named[0]["detail"]
+        assert not [event for event in evenly_fast(on_two_ranks, tmp_path) if event["kind"] == "straggler"]
+
+
+def evenly_fast(on_two_ranks, folder):
+    return on_two_ranks(WORK, "train", str(folder), "even")[0]["value"]["events"]
+
+
 def test_a_flipped_bit_stops_both_ranks_before_it_is_saved(on_two_ranks, tmp_path):
     work.write_tokens(tmp_path)
     for answer in on_two_ranks(WORK, "train", str(tmp_path), "run", (-1, 0), 5):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from groundup.base import failpoints
 from groundup.base.errors import Preempted
 from groundup.base.log import Log
 from groundup.data.packing import PackedDocuments
@@ -185,3 +186,14 @@ def train(world, folder, name, stop=(-1, 0), spoil=-1, **changes):
         "exact": figures.get("exact"),
         "ranks": figures.get("ranks"),
     }
+
+
+def train_beside_a_slow_rank(world, folder):
+    """Seventeen steps, in which rank 1 is slow from the third micro-batch on."""
+    failpoints.SLOW_SECONDS = 0.1
+    if world.rank == 1:
+        os.environ["GROUNDUP_FAILPOINT"] = "engine.forward:slow:3"
+    try:
+        return train(world, folder, "slow", duration="17 steps")
+    finally:
+        os.environ.pop("GROUNDUP_FAILPOINT", None)

@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,10 @@ class CheckpointStore:
         log: Log,
         keep_last: int = 2,
         keep_every: int | None = None,
+        is_strict: bool = False,
         disk: Disk | None = None,
     ) -> None:
-        self.root, self.run_id, self.log = root, run_id, log
+        self.root, self.run_id, self.log, self.is_strict = root, run_id, log, is_strict
         self.keep_last, self.keep_every = keep_last, keep_every
         self.disk = disk or Disk()
         self._thread: threading.Thread | None = None
@@ -48,15 +49,15 @@ class CheckpointStore:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._damaged: set[Path] = set()
 
-    def preflight(self, num_bytes: int) -> None:
-        """Raise DoesNotFit if the disk has no room for the checkpoints to keep and the next one, `num_bytes` each."""
+    def preflight(self, num_bytes: int, num_checkpoints: int) -> None:
+        """Raise DoesNotFit if the disk has no room for so many checkpoints of `num_bytes`, or for one more than stand."""
         there = sum(file.bytes for _, manifest in self._whole() for file in manifest.files.values())
-        needed = max(num_bytes, num_bytes * (self.keep_last + 1) - there)
+        needed = max(num_bytes, num_bytes * num_checkpoints - there)
         free = self.disk.free_bytes(self.root)
         if needed > free:
             raise DoesNotFit(
                 "E-DISK-PREFLIGHT",
-                what=f"checkpoints need {needed:,} bytes more ({self.keep_last + 1} of {num_bytes:,}, {there:,} there) "
+                what=f"checkpoints need {needed:,} bytes more ({num_checkpoints} of {num_bytes:,}, {there:,} there) "
                 f"and the disk {self.disk.name(self.root)} has {free:,} free",
                 where=self.root,
                 next="free disk space, keep fewer checkpoints, or write to another disk",
@@ -99,11 +100,13 @@ class CheckpointStore:
         if failure is not None:
             raise failure[1]
 
-    def newest(self, *, before: int | None = None) -> Checkpoint | None:
+    def newest(
+        self, *, before: int | None = None, fault_of: Callable[[Mapping[str, Any]], str | None] = lambda state: None
+    ) -> Checkpoint | None:
         """The newest checkpoint (of a step below `before`) whose every byte is as written; None where there is none.
 
-        A damaged or foreign one is named and passed over. Raises CheckpointError if there are some and none can be
-        used.
+        A damaged or foreign one, or one in whose state `fault_of` finds something, is named and passed over. Raises
+        CheckpointError if there are some and none can be used; a strict store for the first that cannot.
         """
         self._join()
         candidates = [
@@ -116,8 +119,17 @@ class CheckpointStore:
                 if attempt.manifest is None or attempt.fault is not None:
                     raise ValueError(attempt.fault)
                 state = verified_state(attempt.folder, self.run_id, attempt.manifest, self.disk)
+                if fault := fault_of(state):
+                    raise ValueError(fault)
             except (OSError, ValueError) as error:
                 self._damaged.add(attempt.folder)
+                if self.is_strict:
+                    raise CheckpointError(
+                        "E-CKPT-CORRUPT",
+                        what=f"step {attempt.step} cannot be used: {reason_of(error)}",
+                        where=attempt.folder,
+                        next="without `--strict` the same command goes on from the checkpoint before",
+                    ) from None
                 self.log.warn(
                     "W-CKPT-CORRUPT", f"step {attempt.step} is passed over: {reason_of(error)} at {attempt.folder}"
                 )

@@ -91,6 +91,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
         world=work.world,
+        is_strict=work.is_strict,
+        is_exact=work.is_exact,
         compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()

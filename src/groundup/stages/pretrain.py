@@ -77,6 +77,8 @@ def pretrain(work: Work) -> dict[str, Any]:
         ),
         token_bytes=np.load(work.path("tokenizer") / "token_bytes.npy"),
         world=work.world,
+        is_strict=work.is_strict,
+        is_exact=work.is_exact,
         compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()

@@ -5,16 +5,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from groundup.adapters.config import AdapterConfig
 from groundup.base.artifact import Attempt, ChangePolicy, RunFolder, StageKey
 from groundup.base.config import Config
 from groundup.base.errors import ConfigError
 from groundup.base.log import Log
+from groundup.model.config import ModelConfig
 from groundup.parallel.checks import refuse_mismatch
 from groundup.parallel.world import World
 from groundup.stages.recipe import Recipe
 
 PLACE_OF_DATA = {"batch_size_tokens", "row_length", "packing", "mixture", "weight", "replay_every"}
 """Settings in which a run counts its place: with others, rows would be left out or come twice."""
+MAY_CHANGE_IN_ADAPTERS = {"lora_alpha", "lora_dropout"}
+SHAPE_OF_STATE = {
+    *ModelConfig.model_fields,
+    *(AdapterConfig.model_fields.keys() - MAY_CHANGE_IN_ADAPTERS),
+    *("optimizer", "init_from", "adapter_from"),
+}
+"""Settings that say which weights and moments there are: what was saved with others does not fit."""
 
 Section = TypeVar("Section", bound=Config)
 
@@ -29,6 +38,31 @@ class Work:
     policy: ChangePolicy = field(default_factory=ChangePolicy)
     world: World = field(default_factory=World)
     """The ranks that do this work together."""
+    is_strict: bool = False
+    """Whether a damaged checkpoint ends the work instead of being passed over."""
+    is_exact: bool = False
+    """Whether training is refused where its end could have other bits than an unbroken run's."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError, before anything is opened, for changes that no run can go on with."""
+        for name in self.policy.allow_change:
+            parts, why = set(name.split(".")), ""
+            if parts & SHAPE_OF_STATE:
+                why = "weights and moments that were saved with another do not fit"
+            elif parts & PLACE_OF_DATA:
+                why = "its place in the data is counted in it"
+            if why:
+                raise ConfigError(
+                    "E-CONFIG-ALLOW",
+                    what=f"{name} cannot change in the middle of a run: {why}",
+                    next="begin again with `--restart`",
+                )
+        if self.is_exact and self.policy.allow_change:
+            raise ConfigError(
+                "E-NOT-EXACT",
+                what=f"--exact and --allow-change {self.policy.allow_change[0]} contradict each other",
+                next="leave one of them out",
+            )
 
     def needed(self, section: Section | None, name: str) -> Section:
         """A section the stage cannot do without. Raises ConfigError if the recipe has none."""
@@ -46,13 +80,6 @@ class Work:
 
         Raises DistributedError for ranks that would run different things.
         """
-        fixed = [name for name in self.policy.allow_change if PLACE_OF_DATA.intersection(name.split("."))]
-        if fixed:
-            raise ConfigError(
-                "E-CONFIG-ALLOW",
-                what=f"{fixed[0]} cannot change in the middle of a run: its place in the data is counted in it",
-                next="begin again with `--restart`",
-            )
         versions = {f"version of {name}": metadata.version(name) for name in ("groundup", "torch", "numpy")}
         refuse_mismatch(self.world, key.flat() | versions)
         attempt = self.run.begin(key, self.policy, resumable=True) if self.world.is_first else None

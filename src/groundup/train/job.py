@@ -43,6 +43,10 @@ class TrainingJob:
     """Bytes each id stands for; None where that is not defined."""
     world: World = field(default_factory=World)
     """The ranks that run this job together; rank 0 alone writes, looks and samples."""
+    is_strict: bool = False
+    """Whether a damaged checkpoint ends the run instead of being passed over."""
+    is_exact: bool = False
+    """Whether the run is refused where its end could have other bits than an unbroken one's."""
     compare_every: int = 100
     """Steps from one comparison of the ranks' weights to the next."""
 

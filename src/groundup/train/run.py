@@ -31,7 +31,7 @@ from groundup.train.loop import RewindWanted, StepResult, training_steps
 from groundup.train.out_of_memory import does_not_fit, is_out_of_memory
 from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good
-from groundup.train.saving import checkpoint_bytes, find_checkpoint
+from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints
 from groundup.train.state import TrainingState
 from groundup.train.validation import validation_figures
 
@@ -75,12 +75,15 @@ class TrainingRun:
             log=job.log,
             keep_last=self.config.keep_checkpoints,
             keep_every=self._intervals["keep_every"] or None,
+            is_strict=job.is_strict,
         )
         self.is_resumed = self._load()
         if self.resolved.shrunk_from is not None:
             self.state.is_exact = False
-        if not self.is_resumed and self.world.is_first:
-            self.store.preflight(checkpoint_bytes(self.engine))
+        if job.is_exact:
+            self._refuse_inexact()
+        if self.world.is_first and self.state.step < self.resolved.total_steps:
+            self.store.preflight(checkpoint_bytes(self.engine), self._most_checkpoints())
         self.metrics = self._records("metrics.jsonl", keep_bytes=self.state.metrics_bytes)
         self.timing = self._records("timing.jsonl")
         self.events = self._records("events.jsonl")
@@ -92,7 +95,7 @@ class TrainingRun:
 
     def _load(self) -> bool:
         """Take up the newest checkpoint; False where there is none."""
-        found = find_checkpoint(self.store, self.world)
+        found = find_checkpoint(self.store, self.world, self.job.folder / "metrics.jsonl")
         if found is None:
             return False
         self.state = TrainingState(**found.state)
@@ -159,7 +162,7 @@ class TrainingRun:
             self._event(self.state.step, "resume", "from its last checkpoint")
             self.job.log.say(f"  goes on from step {self.state.step} of {self.resolved.total_steps}")
             self._note_world()
-        elif "rewind" in (self.config.on_nonfinite, self.config.on_spike):
+        elif self._may_rewind:
             self._save(wait=True)  # where a rewind before the first checkpoint goes
         refuse_divergence(self.world, self.state.step, self.engine.weights)
         self.world.report(self.state.step)
@@ -186,17 +189,55 @@ class TrainingRun:
             self._save(wait=True)
         return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
 
-    def _note_changes(self) -> None:
-        """A resumed run whose settings or machine are not those it began with goes on and is marked."""
-        here = {
+    def _most_checkpoints(self) -> int:
+        return most_checkpoints(
+            total_steps=self.resolved.total_steps,
+            checkpoint_every=self._intervals["checkpoint_every"],
+            keep_last=self.config.keep_checkpoints,
+            keep_every=self._intervals["keep_every"],
+            first_step=self._may_rewind,
+            measures=bool(self.job.validation),
+        )
+
+    @property
+    def _may_rewind(self) -> bool:
+        return "rewind" in (self.config.on_nonfinite, self.config.on_spike)
+
+    @property
+    def _here(self) -> dict[str, str]:
+        """What beside the recipe decides the bits."""
+        return {
             "torch": torch.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "device": self.resolved.device,
         }
+
+    def _changes(self) -> list[str]:
+        """What is not as the run began with, in words."""
+        here = self._here
         before = self.state.environment or here
         changed = [f"{name}: {before.get(name)} → {here[name]}" for name in here if before.get(name) != here[name]]
-        changed += [f"{name}: {old!r} → {new!r}" for name, (old, new) in self.job.changes.items()]
-        self.state.environment = here
+        return changed + [f"{name}: {old!r} → {new!r}" for name, (old, new) in self.job.changes.items()]
+
+    def _refuse_inexact(self) -> None:
+        """Raise ConfigError, before anything is written, where the run could not end in an unbroken one's bits."""
+        reasons = self._changes()
+        if self.is_resumed and self.state.num_ranks != self.world.size:
+            reasons.append(f"ranks: {self.state.num_ranks} → {self.world.size}")
+        if not self.state.is_exact:
+            reasons.append("it is marked `exact: false` already, events.jsonl says why")
+        if reasons:
+            raise ConfigError(
+                "E-NOT-EXACT",
+                what=f"{self.job.name} cannot end in the bits of an unbroken run: {', '.join(reasons)}",
+                where=self.job.folder,
+                next="go on where and as it began, or without `--exact`",
+            )
+
+    def _note_changes(self) -> None:
+        """A resumed run whose settings or machine are not those it began with goes on and is marked."""
+        changed = self._changes()
+        self.state.environment = self._here
         if self.is_resumed and changed:
             self.state.is_exact = False
             self._event(self.state.step, "change", ", ".join(changed))
