@@ -79,6 +79,9 @@ def test_exact_refuses_another_machine_and_a_run_that_is_marked(make_job):
     with pytest.raises(ConfigError, match=r"E-NOT-EXACT: .*torch: 1\.0 → .*, cpu: AVX512 → ") as caught:
         resumed._refuse_inexact()
     assert caught.value.exit_code == 2
+    resumed.state.environment, resumed.state.num_ranks = {}, 2
+    with pytest.raises(ConfigError, match="ranks: 2 → 1"):
+        resumed._refuse_inexact()
     changed = replace(job, changes={"pretrain.lr": (1.0, 2.0)})
     with pytest.raises(ConfigError, match=r"pretrain\.lr: 1\.0 → 2\.0"):
         TrainingRun(changed)
