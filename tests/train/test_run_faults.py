@@ -7,13 +7,15 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
+from groundup.base import failpoints
+from groundup.base.errors import CheckpointError, ConfigError, DataError, NumericsError, Preempted
 from groundup.base.signals import StopRequest
 from groundup.train.engine import StepAbandoned
 from groundup.train.run import TrainingRun
@@ -317,9 +319,10 @@ def test_a_look_made_again_tells_its_checkpoint_how_good_it_is(make_job):
 
 
 def test_a_fault_of_the_loader_ends_the_run_in_words(make_job, monkeypatch):
+    monkeypatch.setattr(failpoints, "_passages", Counter())
     monkeypatch.setenv("GROUNDUP_FAILPOINT", "loader.batch:raise:3")
     run = TrainingRun(make_job("run", checkpoint_every="1 steps"))
-    with pytest.raises(RuntimeError, match=r"loader\.batch"):
+    with pytest.raises(DataError, match=r"E-LOADER: cannot read row .*loader\.batch"):
         run.run()
     monkeypatch.delenv("GROUNDUP_FAILPOINT")
     assert TrainingRun(make_job("run", checkpoint_every="1 steps")).state.step == 2

@@ -72,6 +72,11 @@ class RowBatch:
             sources=self.sources and replace(self.sources, numbers_B=move(self.sources.numbers_B)),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Everything of it that may lie on a device."""
+        parts = [self.tokens_BT, self.labels_BT, self.segments.starts_BT]
+        return parts if self.sources is None else [*parts, self.sources.numbers_B]
+
     def source_tokens(self) -> dict[str, int]:
         """Supervised labels by source."""
         if self.sources is None:

@@ -249,7 +249,11 @@ class TrainingRun:
         """Take steps until the last. Raises StepAbandoned where a signal asked to stop."""
         total = self.resolved.total_steps
         batches = prefetched_batches(
-            self.job.source, batch_rows=self.resolved.batch_rows, first_step=self.state.step, last_step=total
+            self.job.source,
+            batch_rows=self.resolved.batch_rows,
+            first_step=self.state.step,
+            last_step=total,
+            device=self._device,
         )
         steps = training_steps(
             self.engine,
