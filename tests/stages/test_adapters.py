@@ -116,7 +116,9 @@ def test_a_new_token_gets_a_row_that_is_trained_saved_and_loaded_by_peft(lora, w
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 4}))
     template = (base / "chat_template.jinja").read_text().replace("<|im_start|>", "<|think|><|im_start|>")
     (base / "chat_template.jinja").write_text(template)
-    run, _ = lora("--lora.init_from", base, "--lora.train_tokens", "['<|think|>', '<|im_end|>']")
+    run, out = lora("--lora.init_from", base, "--lora.train_tokens", "['<|think|>', '<|im_end|>']")
+    assert "3 rows of the embedding are padding" in out, "one of four is the new token's"
+    assert read_json(run / "lora" / "summary.json")["vocabulary_padding"] == 3
     new = config["vocab_size"]
     tokenizer = AutoTokenizer.from_pretrained(run / "lora" / "model")
     assert tokenizer.convert_tokens_to_ids("<|think|>") == new

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from groundup.adapters.config import AdapterConfig
 from groundup.data.config import SourceConfig
@@ -49,6 +49,18 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
     replay_every: int | None = Field(None, ge=2)
     """Of so many rows one is a row of the run's pretraining text, so that the model does not forget it; None replays
     nothing."""
+    audit_prompts: NonNegativeInt = 0
+    """Held-out prompts that are answered, greedily, at every look: how many answers stop, how long they are, how much
+    they repeat stands in metrics.jsonl; 0 asks none."""
+    audit_tokens: PositiveInt = 64
+    """Longest answer of the audit."""
+    forgetting_text: str | None = None
+    """Text whose bits per byte are measured before the training and at every look: a file or folder, or `run` for the
+    run's held-out text; None measures nothing."""
+    forgetting_limit: PositiveFloat = 0.1
+    """How much these bits per byte may rise, as a share of those before."""
+    on_forgetting: Literal["warn", "stop"] = "warn"
+    """What to do above the limit."""
     check: Literal["answers", "exact", "parameters"] = "answers"
     """What its evaluation asks beyond answers that stop and differ: that they equal the reference, or that they are
     lists that Python reads as a function's parameters."""

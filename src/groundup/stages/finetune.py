@@ -10,7 +10,7 @@ from groundup.adapters.files import read_adapter
 from groundup.base import machine
 from groundup.base.artifact import StageKey, read_manifest, write_summary
 from groundup.base.config import numerics
-from groundup.base.errors import ConfigError
+from groundup.base.errors import ConfigError, NumericsError
 from groundup.base.files import read_json, sha256_of, write_json
 from groundup.base.pickles import refuse_pickle
 from groundup.base.seeding import derive_seed
@@ -23,6 +23,7 @@ from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.adapting import adapt, with_new_tokens
+from groundup.stages.audit import Audit, forgetting_hash, make_audit
 from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
@@ -47,6 +48,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
     if config.adapter_from is not None:
         inputs["first adapter"] = sha256_of(find_adapter(config.adapter_from) / "adapter_model.safetensors")
+    inputs |= forgetting_hash(work, config)
     if config.replay_every is not None:
         inputs["replayed text"] = run.committed("tokens").output_hash("train-")
     template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
@@ -59,6 +61,9 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     model, tokenizer = load_with_tokenizer(base)
     num_parameters = model.num_parameters()
     tokenizer = with_new_tokens(work, config, attempt.folder, tokenizer, model.model.embed_tokens.num_embeddings)
+    padding = model.model.embed_tokens.num_embeddings - tokenizer.vocab_size
+    if padding:
+        work.log.say(f"{stage}  {padding} rows of the embedding are padding: no token has them")
     encoder = ChatEncoder(tokenizer, template)
     data = load_chats(config, encoder)
     if work.world.is_first:
@@ -68,6 +73,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     source = rows if config.replay_every is None else _with_replay(work, config, rows, tokenizer, config.replay_every)
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     check_positions(model.config, config.row_length)
+    eos_ids = read_eos_ids(base, tokenizer)
+    audit = make_audit(work, stage, config, model, encoder, data.validation, eos_ids)
     adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs["base"])
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
@@ -76,7 +83,6 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     )
     show_samples(work.log, tokenizer, data.train)
     batch_rows = max(1, config.batch_size_tokens // config.row_length)
-    eos_ids = read_eos_ids(base, tokenizer)
     job = TrainingJob(
         name=stage,
         config=config,
@@ -90,6 +96,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         log=work.log,
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
+        audit=audit,
+        audit_fault=lambda: _forgets(work, audit),
         world=work.world,
         is_strict=work.is_strict,
         is_exact=work.is_exact,
@@ -115,10 +123,12 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         (attempt.folder / "model" / "chat_template.jinja").write_text(template, encoding="utf-8")
     summary = {
         "num_parameters": num_parameters,
+        "vocabulary_padding": padding,
         "trained_parameters": trained,
         "chats": len(data.train),
         "padding_fraction": rows.padding_fraction,
         **(adaptation.figures if adaptation is not None else {}),
+        **(audit.summary() if audit is not None else {}),
         **outcome.figures,
         "stage_seconds": time.monotonic() - began,
     }
@@ -131,6 +141,15 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         f"{summary['tokens_per_second']:,.0f} tokens/s  {summary['seconds']:.1f} s"
     )
     return summary
+
+
+def _forgets(work: Work, audit: Audit | None) -> NumericsError | None:
+    """Why the run must end after an audit; a warning where the section asks for no more."""
+    fault = audit.fault() if audit is not None else None
+    if fault is not None and audit is not None and audit.config.on_forgetting == "warn":
+        work.log.warn("W-FORGETS", f"{fault.what}. {fault.next}")
+        return None
+    return fault
 
 
 def base_model(work: Work, stage: FinetuneStage) -> Path:

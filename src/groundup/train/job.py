@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundup.base.errors import GroundupError
 from groundup.base.log import Log
 from groundup.data.rows import RowSource
 from groundup.model.causal_lm import CausalLM
@@ -41,6 +42,10 @@ class TrainingJob:
     """What each validation set's loss weighs where one number is needed, as for the best checkpoint; 1 where unnamed."""
     token_bytes: NDArray[np.integer[Any]] | None = None
     """Bytes each id stands for; None where that is not defined."""
+    audit: Callable[[CausalLM, Callable[[], None]], dict[str, float]] | None = None
+    """More figures of the live model at every look; its second argument, called now and then, raises to stop it."""
+    audit_fault: Callable[[], GroundupError | None] = lambda: None
+    """Why the run should end after its last audit; None if it should not."""
     world: World = field(default_factory=World)
     """The ranks that run this job together; rank 0 alone writes, looks and samples."""
     is_strict: bool = False

@@ -279,6 +279,7 @@ class TrainingRun:
             if is_saved or result.step % self.job.compare_every == 0:
                 refuse_divergence(self.world, result.step, self.engine.weights)
             looks = self._look(stop)
+            self._end_for_audit()
             self._record_timing(result)
             self._note_straggler(result)
             if looks:
@@ -300,9 +301,21 @@ class TrainingRun:
             if self.world.any(stop.is_asked()) and result.step < total:
                 raise StepAbandoned
 
+    def _end_for_audit(self) -> None:
+        """All ranks end where rank 0's audit finds a reason."""
+        if self.job.audit is None or not self._is_due("validate_every"):
+            return
+        fault = self.job.audit_fault() if self.world.is_first else None
+        if self.world.any(fault is not None):
+            raise fault or NumericsError("E-AUDIT", what="the first rank's audit ends the run")
+
     def _should_stop(self, stop: StopRequest) -> Callable[[], bool]:
         """Asked inside a step: one rank alone must not leave it, the others would wait for it."""
         return stop.is_asked if self.world.size == 1 else lambda: False
+
+    def _poll(self, stop: StopRequest) -> None:
+        if self._should_stop(stop)():
+            raise StepAbandoned
 
     def _is_due(self, interval: str, *, at_end: bool = True) -> bool:
         every, step = self._intervals[interval], self.state.step
@@ -383,6 +396,7 @@ class TrainingRun:
     def _look(self, stop: StopRequest) -> dict[str, dict[str, float]] | None:
         """Look at the validation rows where that is due, and write the step's line of metrics."""
         looks = self._validate(stop) if self._is_due("validate_every") else None
+        audit = self.job.audit(self.job.model, lambda: self._poll(stop)) if looks and self.job.audit else None
         with self._state_is_whole:
             values = self.state.unwritten
             assert values is not None
@@ -391,6 +405,8 @@ class TrainingRun:
                 weights = [self.job.validation_weights.get(name, 1.0) for name in looks]
                 losses = [figures["loss"] for figures in looks.values()]
                 self.state.look_loss = sum(map(operator.mul, weights, losses)) / sum(weights)
+            if audit:
+                values["audit"] = audit
             self.metrics.write(values)
             self.state.unwritten = None
         return looks
