@@ -50,6 +50,15 @@ def test_it_is_torchs_but_for_the_dtype_of_newton_schulz(monkeypatch):
 
 
 @pytest.mark.parity
+def test_it_is_torchs_where_both_compute_in_fp32(monkeypatch):
+    ours, theirs = matrices(), matrices()
+    found = train(Muon(ours, **SETTINGS), ours)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    for mine, wanted in zip(found, train(their_muon(theirs), theirs), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parity
 def test_fp32_newton_schulz_is_near_torchs_bf16():
     ours, theirs, start = matrices(), matrices(), matrices()
     expected = train(their_muon(theirs), theirs)

@@ -383,7 +383,10 @@ def hidden_changes(run):
     return {path for path in changed if not SAVED.match(path) and path not in NOT_STATE}
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adamw"}, {"optimizer": "adamw_8bit"}, {"optimizer": "adafactor"}, {"precision": "bf16"}],
+)
 def test_all_that_changes_is_in_the_state(make_job, changes):
     run = TrainingRun(make_job("run", **SCHEDULED, **changes))
     assert hidden_changes(run) == set()

@@ -12,6 +12,7 @@ from groundup.adapters.config import AdapterConfig
 from groundup.adapters.targets import choose_targets, short_names
 from groundup.adapters.token_rows import plain_name, replaced_rows, train_rows
 from groundup.base.errors import CheckpointError
+from groundup.base.machine import quiet_imports
 
 ADAPTER = "default"
 MARK = ".lora_"
@@ -20,7 +21,8 @@ MARK = ".lora_"
 
 def peft_config(config: AdapterConfig, targets: Sequence[str], token_ids: Sequence[int] = (), **changes: Any) -> Any:
     """The LoraConfig of a section; `token_ids` are rows of the embedding that are trained too."""
-    from peft import LoraConfig  # takes seconds to import
+    with quiet_imports():  # takes seconds
+        from peft import LoraConfig
 
     rows = {"trainable_token_indices": {"embed_tokens": list(token_ids)}} if token_ids else {}
     # no task_type and an explicit list: "all-linear" would wrap lm_head and routers too
@@ -42,7 +44,8 @@ def inject_lora(model: nn.Module, config: AdapterConfig, *, seed: int, token_ids
 
     Returns the adapted names. Raises ConfigError if a target means no layer.
     """
-    from peft import inject_adapter_in_model
+    with quiet_imports():
+        from peft import inject_adapter_in_model
 
     targets = choose_targets(model, config.lora_targets)
     torch.manual_seed(seed)

@@ -1,8 +1,11 @@
 """Facts of the machine, read once and written into the run; nothing here is timed."""
 
+import logging
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +109,19 @@ def prepare_process() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Around the late import of a library that brings torchao along: its notes on files for other devices, and those
+    of torch on how torchao registers its types, are for its own makers."""
+    prepare_process()
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -30,23 +30,39 @@ def _check_warmup(value: Any) -> Any:
 
 Warmup = Annotated[str, BeforeValidator(_check_warmup)]
 """A text such as `2 %`, `200 steps` or `1e6 tokens`."""
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
     """How gradients become steps."""
 
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon takes the hidden matrices and leaves the rest to AdamW; adamw takes all."""
+    optimizer: Literal["muon", "adamw", "adamw_8bit", "adafactor", "sgd"] = "muon"
+    """muon takes the hidden matrices and leaves the rest (embeddings, head, routers, norms, biases) to AdamW. The others
+    take all: adamw, adamw_8bit with a quarter of its state, adafactor with next to none, sgd to teach with."""
+    adamw_8bit_maker: Literal["auto", "torchao", "bitsandbytes"] = "auto"
+    """Whose 8-bit AdamW; auto takes bitsandbytes where it is installed."""
     lr: PositiveFloat = 3e-3
-    """Peak learning rate of AdamW's parameters."""
+    """Peak learning rate; under muon, that of AdamW's parameters. adafactor's is relative to the size of each tensor."""
     muon_lr: PositiveFloat = 0.02
     """Peak learning rate of Muon's matrices."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    embedding_lr: PositiveFloat | None = None
+    """Peak learning rate of embeddings and head; None takes lr."""
+    vector_lr: PositiveFloat | None = None
+    """Peak learning rate of norms and biases; None takes lr."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Shares of the running means of gradient and squared gradient that AdamW keeps at each step."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices; embeddings, norms and biases get none. A step shrinks them by lr × weight_decay."""
+    """Decay of matrices: a step shrinks them by lr × weight_decay. sgd adds it to the gradient instead."""
+    decay_embeddings: bool = False
+    """Whether embeddings and head decay too."""
+    decay_vectors: bool = False
+    """Whether norms and biases decay too."""
     muon_weight_decay: NonNegativeFloat = 0.0
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of Muon's matrices: a step shrinks them by muon_lr × muon_weight_decay."""
+    muon_momentum: Share = 0.95
+    sgd_momentum: Share = 0.9
+    """Share of the running sum of gradients that sgd keeps at each step; 0 keeps none."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after warmup. wsd (warmup, stable, decay) stays at the peak and decays at the end: a
     longer duration continues the stable part. inverse_sqrt falls with the root of the steps, whatever the duration."""

@@ -1,58 +1,76 @@
 """Which parameter gets which optimizer, rate and decay."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from groundup.optim.config import OptimConfig
-from groundup.optim.muon import Muon
+from groundup.optim.eight_bit import eight_bit_maker
+
+Group = Literal["matrices", "routers", "embeddings", "vectors"]
+Kind = Literal["muon", "adamw", "torchao", "bitsandbytes", "adafactor", "sgd"]
+"""Optimizers as their state tells them apart."""
+ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
+"""Ends of the names of a mixture's routers. Muon, which makes every direction of a matrix count the same, would push
+each expert's row as hard as any other whatever the gradient says; they are left to AdamW."""
 
 
-def build_optimizers(
-    parameters: Mapping[str, nn.Parameter], config: OptimConfig, **parts: Any
-) -> list[torch.optim.Optimizer]:
-    """Optimizers over named parameters. Each group carries its `name` and `peak_lr`; `parts` goes to Muon.
+def group_of(name: str, num_dims: int, config: OptimConfig) -> Group:
+    """Group of a parameter; a router is a matrix like others but where Muon takes the matrices."""
+    if num_dims < 2:
+        return "vectors"
+    if ".layers." not in name:
+        return "embeddings"
+    return "routers" if config.optimizer == "muon" and name.endswith(ROUTERS) else "matrices"
 
-    Matrices of the blocks decay (and go to Muon where it is chosen); embeddings, head, norms and biases do not.
-    """
-    hidden = [p for name, p in parameters.items() if p.dim() >= 2 and ".layers." in name]
-    embeddings = [p for name, p in parameters.items() if p.dim() >= 2 and ".layers." not in name]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
-    optimizers: list[torch.optim.Optimizer] = []
-    adamw_groups = [
-        {"name": "embeddings", "params": embeddings, "weight_decay": 0.0},
-        {"name": "vectors", "params": vectors, "weight_decay": 0.0},
-    ]
+
+def kind_of(group: Group, config: OptimConfig) -> Kind:
+    """What updates a group."""
     if config.optimizer == "muon":
-        group = {"name": "matrices", "params": hidden}
-        if hidden:
-            optimizers.append(
-                Muon(
-                    [group],
-                    lr=config.muon_lr,
-                    momentum=config.muon_momentum,
-                    weight_decay=config.muon_weight_decay,
-                    **parts,
-                )
-            )
-    else:
-        adamw_groups.insert(0, {"name": "matrices", "params": hidden, "weight_decay": config.weight_decay})
-    filled = [group for group in adamw_groups if group["params"]]
-    if filled:
-        optimizers.append(torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+        return "muon" if group == "matrices" else "adamw"
+    return eight_bit_maker(config) if config.optimizer == "adamw_8bit" else config.optimizer
 
 
-def set_lr(optimizers: list[torch.optim.Optimizer], multiplier: float) -> dict[str, float]:
+def parameter_groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> dict[Kind, list[dict[str, Any]]]:
+    """torch's parameter groups by what updates them; each carries its `name`, its `kind` and its `peak_lr`."""
+    members: dict[Group, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        members[group_of(name, parameter.dim(), config)].append(parameter)
+    groups: dict[Kind, list[dict[str, Any]]] = defaultdict(list)
+    for group in ("matrices", "routers", "embeddings", "vectors"):
+        if members[group]:
+            kind = kind_of(group, config)
+            lr = _peak_lr(group, kind, config)
+            settings = {"lr": lr, "weight_decay": _weight_decay(group, kind, config)}
+            groups[kind].append({"name": group, "kind": kind, "params": members[group], "peak_lr": lr} | settings)
+    return groups
+
+
+def _peak_lr(group: Group, kind: Kind, config: OptimConfig) -> float:
+    if kind == "muon":
+        return config.muon_lr
+    own = {"embeddings": config.embedding_lr, "vectors": config.vector_lr}.get(group)
+    return config.lr if own is None else own
+
+
+def _weight_decay(group: Group, kind: Kind, config: OptimConfig) -> float:
+    if kind == "muon":
+        return config.muon_weight_decay
+    decays = {"embeddings": config.decay_embeddings, "vectors": config.decay_vectors}.get(group, True)
+    return config.weight_decay if decays else 0.0
+
+
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], multiplier: float) -> dict[str, float]:
     """Set every group's rate to its peak times the multiplier; returns the rate by group name."""
     rates = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * multiplier
-            rates[group["name"]] = group["lr"]
+            rate = rates[group["name"]] = group["peak_lr"] * multiplier
+            if isinstance(group["lr"], Tensor):  # torchao's: its compiled update would be made anew for every number
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
     return rates

@@ -14,8 +14,10 @@ from groundup.base.failpoints import reach
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import EXPERT_LOAD, NLL, LossSums
+from groundup.optim.build import build_optimizers
 from groundup.optim.config import OptimConfig
-from groundup.optim.groups import build_optimizers, set_lr
+from groundup.optim.groups import set_lr
+from groundup.optim.state import load_plain_state, plain_state
 from groundup.parallel.world import World
 from groundup.train.lanes import Lanes
 from groundup.train.out_of_memory import is_out_of_memory, smaller_micro_batch
@@ -126,7 +128,7 @@ class TorchEngine:
     ) -> None:
         self.model = model.to(device)
         self.world = world or World()
-        self.max_grad_norm = config.max_grad_norm
+        self.config, self.max_grad_norm = config, config.max_grad_norm
         self.micro_batch_rows = micro_batch_rows
         self.device = device
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -335,15 +337,9 @@ class TorchEngine:
         return {name: weight.detach() for name, weight in (self.masters | self._biases).items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        names = {id(master): name for name, master in self.masters.items()}
-        optimizer_state = {}
-        for optimizer in self.optimizers:
-            for master, values in optimizer.state.items():
-                for key, value in values.items():
-                    optimizer_state[f"{names[id(master)]}:{key}"] = value
         state = {
             "model": self.weights,
-            "optimizer": optimizer_state,
+            "optimizer": plain_state(self.optimizers, self.masters),
         }
         return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
@@ -356,21 +352,10 @@ class TorchEngine:
                 f"differing: {sorted(weights.keys() ^ own.keys())[:4]}",
                 next="begin again with `--restart`",
             )
+        load_plain_state(self.optimizers, self.masters, tensors["optimizer"])
         with torch.no_grad():
             for name, weight in own.items():
                 weight.copy_(weights[name])
-        for optimizer in self.optimizers:
-            optimizer.state.clear()  # a state from before the first step has no moments
-        owner = {
-            id(p): optimizer
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-        for key, value in tensors["optimizer"].items():
-            name, _, part = key.rpartition(":")
-            master = self.masters[name]
-            owner[id(master)].state[master][part] = value.clone() if part == "step" else value.to(self.device).clone()
         if self.scaler is not None and "scaler" in tensors:
             self.scaler.load_state_dict(tensors["scaler"])
         self._refresh_copies()

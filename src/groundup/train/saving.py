@@ -9,7 +9,7 @@ from typing import Any
 from groundup.checkpoint.attempt import Checkpoint
 from groundup.checkpoint.manifest import FileRecord
 from groundup.checkpoint.store import CheckpointStore
-from groundup.optim.muon import Muon
+from groundup.optim.state import state_bytes
 from groundup.parallel.world import World
 from groundup.train.engine import TorchEngine
 
@@ -55,11 +55,6 @@ def most_checkpoints(
 
 
 def checkpoint_bytes(engine: TorchEngine) -> int:
-    """Bytes of one checkpoint: weights and the optimizer's moments, which Muon keeps one of, AdamW two."""
-    moments = {
-        id(parameter): 1 if isinstance(optimizer, Muon) else 2
-        for optimizer in engine.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    return sum((1 + moments[id(master)]) * master.nbytes for master in engine.masters.values())
+    """Bytes of one checkpoint: the weights and what the optimizers will keep of them."""
+    shapes = {name: tuple(master.shape) for name, master in engine.masters.items()}
+    return sum(master.nbytes for master in engine.masters.values()) + state_bytes(shapes, engine.config)
