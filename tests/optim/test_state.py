@@ -78,6 +78,9 @@ def test_a_state_goes_to_plain_tensors_and_back_bit_for_bit(kind):
     saved = {name: tensor.clone() for name, tensor in plain_state(one[1], one[0]).items()}
     assert all(type(tensor) is torch.Tensor for tensor in saved.values())
     load_plain_state(other[1], other[0], saved)
+    if kind == "torchao":
+        moments = other[1][0].state[other[0]["model.layers.0.q_proj.weight"]]
+        assert (moments["exp_avg"].signed, moments["exp_avg_sq"].signed) == (True, False)
     for name, parameter in other[0].items():
         parameter.data.copy_(one[0][name])
     for side in (one, other):
