@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from groundup.adapters.targets import block_linears
 from groundup.base.errors import ConfigError
+from groundup.base.machine import quiet_imports
 
 NF4Maker = Literal["torchao", "bitsandbytes"]
 BLOCK = 64
@@ -69,7 +70,8 @@ class TorchaoLinear(PackedLinear):
     """Packed by torchao: the weight is a parameter, so that `fully_shard` can shard it."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        from torchao.quantization import to_nf4  # seconds
+        with quiet_imports():  # seconds
+            from torchao.quantization import to_nf4
 
         super().__init__(linear)
         size = scaler_block_size(linear.weight.numel())
