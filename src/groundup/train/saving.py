@@ -57,4 +57,4 @@ def most_checkpoints(
 def checkpoint_bytes(engine: TorchEngine) -> int:
     """Bytes of one checkpoint: the weights and what the optimizers will keep of them."""
     shapes = {name: tuple(master.shape) for name, master in engine.masters.items()}
-    return sum(master.nbytes for master in engine.masters.values()) + state_bytes(shapes, engine.config)
+    return sum(weight.nbytes for weight in engine.weights.values()) + state_bytes(shapes, engine.config)
