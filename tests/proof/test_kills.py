@@ -68,6 +68,39 @@ def test_killed_in_the_second_and_in_the_third_resume(engine):
     assert evidence_of(run / "lora") == evidence_of(engine.unbroken / "lora")
 
 
+def killed_at_step(engine, name, lines=8):
+    """A run of pretraining that was killed after so many steps."""
+    run = engine.fresh_run("pretrain", name)
+    metrics = run / ".attempts" / "pretrain" / "metrics.jsonl"
+    sends = [{"signal": "SIGKILL", "lines_of": str(metrics), "lines": lines, "seconds": 0.0}]
+    assert engine.run_stage("pretrain", run, sends=sends).status == KILLED
+    return run
+
+
+@pytest.mark.parametrize("moment", ["find_attempts", "verified_state", "TorchEngine.load_state_dict"])
+def test_killed_while_it_loads_a_checkpoint(engine, moment):
+    run = killed_at_step(engine, "loading")
+    mark = run.parent / "moment"
+    moments = [{"call": moment, "mark": str(mark), "sleep": 5.0}]
+    ended = engine.run_stage("pretrain", run, moments=moments, sends=[{"signal": "SIGKILL", "exists": str(mark)}])
+    assert ended.status == KILLED and mark.exists(), ended
+    assert engine.run_stage("pretrain", run).status == 0
+    assert evidence_of(run / "pretrain") == evidence_of(engine.unbroken / "pretrain")
+
+
+def test_strict_ends_with_exit_4_and_without_it_the_run_goes_on(engine):
+    run = killed_at_step(engine, "strict")
+    newest = max((run / ".attempts" / "pretrain" / "checkpoints").glob("step-*/*/MANIFEST.json")).parent
+    shard = newest / "optimizer.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    command = engine.command("pretrain", run.parent)
+    ended = engine.trials.run(*command, "--strict")
+    assert ended.status == 4 and ended.err.startswith("ERROR E-CKPT-CORRUPT: step ") and ended.err.count("\n") == 1
+    ended = engine.trials.run(*command, "--exact")
+    assert ended.status == 0 and "W-CKPT-CORRUPT" in ended.err, ended
+    assert evidence_of(run / "pretrain") == evidence_of(engine.unbroken / "pretrain")
+
+
 def test_other_bits_are_seen(engine, tmp_path):
     stage = tmp_path / "pretrain"
     shutil.copytree(engine.unbroken / "pretrain", stage)

@@ -114,11 +114,14 @@ def test_a_second_interrupt_stops_at_once(make_job):
     assert TrainingRun(job).state.step == 4, "what was saved before still stands"
 
 
-def test_a_finished_run_stands(make_job):
-    job = make_job("run")
+@pytest.mark.parametrize("every", [None, "11 steps", "1 steps"])
+def test_a_finished_run_stands(make_job, every):
+    """Also where the interval's last save falls on the last step."""
+    job = make_job("run", checkpoint_every=every)
     expected = bits(TrainingRun(job).run(), job.folder)
     checkpoints = sorted((job.folder / "checkpoints").rglob("*"))
-    again = TrainingRun(make_job("run"))
+    assert len(list((job.folder / "checkpoints" / "step-000011").iterdir())) == 1
+    again = TrainingRun(make_job("run", checkpoint_every=every))
     assert bits(again.run(), job.folder) == expected
     assert sorted((job.folder / "checkpoints").rglob("*")) == checkpoints
 
