@@ -15,7 +15,6 @@ from groundup.base.duration import in_steps
 from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
 from groundup.base.failpoints import reach
 from groundup.base.log import Progress
-from groundup.base.machine import peak_memory_bytes
 from groundup.base.seeding import derive_seed
 from groundup.base.signals import StopRequest, stop_request
 from groundup.checkpoint.attempt import SUFFIX
@@ -25,6 +24,7 @@ from groundup.model.loss import LossOptions
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.engine import StepAbandoned, TorchEngine
+from groundup.train.figures import final_figures, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
@@ -187,7 +187,14 @@ class TrainingRun:
                         raise does_not_fit(f"step {self.state.step + 1}") from None
                     raise
             self._save(wait=True)
-        return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, self._figures())
+        figures = final_figures(
+            self.state,
+            self.resolved,
+            rows_per_epoch=self.job.source.rows_per_epoch,
+            num_ranks=self.world.size,
+            loss_scale=self.engine.loss_scale,
+        )
+        return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, figures)
 
     def _most_checkpoints(self) -> int:
         return most_checkpoints(
@@ -412,18 +419,13 @@ class TrainingRun:
         return looks
 
     def _record_timing(self, result: StepResult) -> None:
-        seconds = result.data_seconds + result.forward_backward_seconds + result.optimizer_seconds
         self.timing.write(
-            {
-                "step": result.step,
-                "elapsed_seconds": self.state.elapsed_seconds,
-                "tokens_per_second": self.config.batch_size_tokens / seconds,
-                "peak_memory_bytes": peak_memory_bytes(),
-                "data_seconds": result.data_seconds,
-                "forward_backward_seconds": result.forward_backward_seconds,
-                "optimizer_seconds": result.optimizer_seconds,
-                "save_seconds": self._saving_seconds,
-            }
+            step_timing(
+                result,
+                batch_size_tokens=self.config.batch_size_tokens,
+                elapsed_seconds=self.state.elapsed_seconds,
+                save_seconds=self._saving_seconds,
+            )
         )
         self._saving_seconds = 0.0
 
@@ -501,22 +503,3 @@ class TrainingRun:
                 self._saved_step = self.state.step
                 self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
             self._saving_seconds += time.perf_counter() - began
-
-    def _figures(self) -> dict[str, Any]:
-        state = self.state
-        return {
-            "steps": state.step,
-            "tokens": state.tokens,
-            "epochs": state.rows / self.job.source.rows_per_epoch,
-            "num_loss_tokens": state.loss_tokens,
-            "skipped_steps": state.skipped_steps,
-            "rewinds": state.rewinds,
-            "ranks": self.world.size,
-            "exact": state.is_exact,
-            "seconds": state.elapsed_seconds,
-            "tokens_per_second": state.tokens / max(state.elapsed_seconds, 1e-9),
-            "precision": self.resolved.precision,
-            "compiled": self.resolved.compile,
-            **({} if self.engine.loss_scale is None else {"loss_scale": self.engine.loss_scale}),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }

@@ -1,0 +1,47 @@
+"""Figures of a run at work and at its end."""
+
+from typing import Any
+
+from groundup.base.machine import peak_memory_bytes
+from groundup.train.loop import StepResult
+from groundup.train.resolve import Resolved
+from groundup.train.state import TrainingState
+
+
+def step_timing(
+    result: StepResult, *, batch_size_tokens: int, elapsed_seconds: float, save_seconds: float
+) -> dict[str, Any]:
+    """A line of timing.jsonl."""
+    seconds = result.data_seconds + result.forward_backward_seconds + result.optimizer_seconds
+    return {
+        "step": result.step,
+        "elapsed_seconds": elapsed_seconds,
+        "tokens_per_second": batch_size_tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "data_seconds": result.data_seconds,
+        "forward_backward_seconds": result.forward_backward_seconds,
+        "optimizer_seconds": result.optimizer_seconds,
+        "save_seconds": save_seconds,
+    }
+
+
+def final_figures(
+    state: TrainingState, resolved: Resolved, *, rows_per_epoch: int, num_ranks: int, loss_scale: float | None
+) -> dict[str, Any]:
+    """What a run's summary says about its training."""
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "epochs": state.rows / rows_per_epoch,
+        "num_loss_tokens": state.loss_tokens,
+        "skipped_steps": state.skipped_steps,
+        "rewinds": state.rewinds,
+        "ranks": num_ranks,
+        "exact": state.is_exact,
+        "seconds": state.elapsed_seconds,
+        "tokens_per_second": state.tokens / max(state.elapsed_seconds, 1e-9),
+        "precision": resolved.precision,
+        "compiled": resolved.compile,
+        **({} if loss_scale is None else {"loss_scale": loss_scale}),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
