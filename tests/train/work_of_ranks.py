@@ -85,6 +85,31 @@ def totals(world, labels):
     return engine.forward_backward(batch, lambda row: row).figures()
 
 
+def moe_step(world, labels):
+    """Figures, gradients and moved biases of one ragged batch by a model with experts, two rows at a time."""
+    model = CausalLM(
+        ModelConfig(
+            model_type="dots1",
+            **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"num_key_value_heads": 1, "vocab_size": VOCAB, "max_position_embeddings": 64},
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1},
+            **{"router_aux_loss_coef": 0.5, "router_bias_update_rate": 0.125, "initializer_range": 0.2},
+        )
+    )
+    model.initialize(torch.Generator().manual_seed(4))
+    engine = TorchEngine(model, OptimConfig(), dtype=torch.float32, device="cpu", micro_batch_rows=2, world=world)
+    sums = engine.forward_backward(ragged_batch(labels), lambda row: row)
+    found = [master.grad for master in engine.masters.values() if master.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in found]).tolist()
+    engine.gradient_norm()
+    engine.optimizer_step(1.0)
+    return {
+        "figures": sums.figures(),
+        "gradients": flat,
+        "biases": [bias.tolist() for bias in model.balance_biases().values()],
+    }
+
+
 def gradients(world, labels, micro_batch_rows, has_dropout):
     """Gradients and sums of one ragged batch."""
     engine = TorchEngine(

@@ -11,13 +11,18 @@ ROUTER = ".mlp.gate"
 """A router is a linear layer too, but what it learns is a choice: a low-rank addition there unbalances the experts."""
 
 
+EXPERTS = ".mlp.experts."
+
+
 def block_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers that may get an adapter: those of the blocks, no head and no router."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name and not name.endswith(ROUTER)
-    ]
+    """Names of the linear layers that may get an adapter: those of the blocks, no head and no router.
+
+    Of a model with experts, those of the attention only: peft takes gate_proj, up_proj and down_proj of such a model
+    for its stacked experts, wherever they stand, and would adapt these instead.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    has_experts = any(EXPERTS in name for name, _ in model.named_parameters())
+    return [name for name in linears if not (".mlp." in name if has_experts else name.endswith(ROUTER))]
 
 
 def is_meant(name: str, pattern: str) -> bool:
