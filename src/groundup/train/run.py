@@ -33,7 +33,7 @@ from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good
 from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints
 from groundup.train.state import TrainingState
-from groundup.train.validation import validation_figures
+from groundup.train.validation import look_at_all
 
 STEPS_TO_COMPARE = 8
 """Steps between two comparisons of how long the ranks compute."""
@@ -458,19 +458,15 @@ class TrainingRun:
         if not self.world.is_first:
             return {}
         reach("run.validate")
-        looks = {
-            name: validation_figures(
-                self.job.model,
-                source,
-                max_rows=self.config.max_validation_rows,
-                micro_batch_rows=self.resolved.micro_batch_rows,
-                device=self._device,
-                token_bytes=self.job.token_bytes,
-                should_stop=self._should_stop(stop),
-            )
-            for name, source in self.job.validation.items()
-        }
-        return {name: figures for name, figures in looks.items() if figures}
+        return look_at_all(
+            self.job.model,
+            self.job.validation,
+            max_rows=self.config.max_validation_rows,
+            micro_batch_rows=self.resolved.micro_batch_rows,
+            device=self._device,
+            token_bytes=self.job.token_bytes,
+            should_stop=self._should_stop(stop),
+        )
 
     def _sample(self, stop: StopRequest) -> None:
         for prompt in self.config.sample_prompts if self.world.is_first else ():

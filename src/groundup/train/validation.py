@@ -1,7 +1,8 @@
 """A look at held-out rows during training."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,3 +55,9 @@ def validation_figures(
     if num_bytes:
         figures["bits_per_byte"] = byte_loss_sum / math.log(2) / num_bytes
     return figures
+
+
+def look_at_all(model: CausalLM, sources: Mapping[str, RowSource], **options: Any) -> dict[str, dict[str, float]]:
+    """`validation_figures` of each source; one without supervised tokens has none and is left out."""
+    looks = {name: validation_figures(model, source, **options) for name, source in sources.items()}
+    return {name: figures for name, figures in looks.items() if figures}
