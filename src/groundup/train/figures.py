@@ -2,10 +2,17 @@
 
 from typing import Any
 
+import torch
+
 from groundup.base.machine import peak_memory_bytes
 from groundup.train.loop import StepResult
 from groundup.train.resolve import Resolved
 from groundup.train.state import TrainingState
+
+
+def environment_of(device: str) -> dict[str, str]:
+    """What beside the recipe decides the last bits."""
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "device": device}
 
 
 def step_timing(

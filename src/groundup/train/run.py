@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from groundup.base.duration import in_steps
@@ -24,7 +23,7 @@ from groundup.model.loss import LossOptions
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.engine import StepAbandoned, TorchEngine
-from groundup.train.figures import final_figures, step_timing
+from groundup.train.figures import environment_of, final_figures, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
@@ -213,11 +212,7 @@ class TrainingRun:
     @property
     def _here(self) -> dict[str, str]:
         """What beside the recipe decides the bits."""
-        return {
-            "torch": torch.__version__,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "device": self.resolved.device,
-        }
+        return environment_of(self.resolved.device)
 
     def _changes(self) -> list[str]:
         """What is not as the run began with, in words."""
