@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from groundup.data.rows import read_batch
-from groundup.train.validation import validation_figures
+from groundup.train.validation import validation_figures, weighted_loss
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 3, 64])
@@ -40,3 +40,10 @@ def test_no_bytes_no_bits_and_no_labels_no_figures(make_model, make_rows):
     whole = rows.row
     rows.row = lambda index: (whole(index)[0], np.full(16, -100), whole(index)[2])
     assert validation_figures(make_model(), rows, **sizes) == {}
+
+
+def test_one_loss_of_several_sets_follows_their_weights():
+    looks = {"web": {"loss": 2.0}, "code": {"loss": 1.0}}
+    assert weighted_loss(looks, {"web": 3.0, "code": 1.0, "nothing held out": 9.0}) == 1.75
+    assert weighted_loss(looks, {}) == 1.5
+    assert weighted_loss({"text": {"loss": 0.1 + 0.2}}, {}) == 0.1 + 0.2, "one set keeps its bits"

@@ -1,6 +1,5 @@
 """One training run from its first step or last checkpoint to its end: the same for pretraining, SFT and LoRA."""
 
-import operator
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good
 from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints
 from groundup.train.state import TrainingState
-from groundup.train.validation import look_at_all
+from groundup.train.validation import look_at_all, weighted_loss
 
 STEPS_TO_COMPARE = 8
 """Steps between two comparisons of how long the ranks compute."""
@@ -249,13 +248,9 @@ class TrainingRun:
 
     def _train(self, stop: StopRequest, line: Progress) -> None:
         """Take steps until the last. Raises StepAbandoned where a signal asked to stop."""
-        total = self.resolved.total_steps
+        total, rows, first = self.resolved.total_steps, self.resolved.batch_rows, self.state.step
         batches = prefetched_batches(
-            self.job.source,
-            batch_rows=self.resolved.batch_rows,
-            first_step=self.state.step,
-            last_step=total,
-            device=self._device,
+            self.job.source, batch_rows=rows, first_step=first, last_step=total, device=self._device
         )
         steps = training_steps(
             self.engine,
@@ -404,9 +399,7 @@ class TrainingRun:
             assert values is not None
             if looks:
                 values["val"] = looks
-                weights = [self.job.validation_weights.get(name, 1.0) for name in looks]
-                losses = [figures["loss"] for figures in looks.values()]
-                self.state.look_loss = sum(map(operator.mul, weights, losses)) / sum(weights)
+                self.state.look_loss = weighted_loss(looks, self.job.validation_weights)
             if audit:
                 values["audit"] = audit
             self.metrics.write(values)

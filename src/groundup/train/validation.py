@@ -61,3 +61,9 @@ def look_at_all(model: CausalLM, sources: Mapping[str, RowSource], **options: An
     """`validation_figures` of each source; one without supervised tokens has none and is left out."""
     looks = {name: validation_figures(model, source, **options) for name, source in sources.items()}
     return {name: figures for name, figures in looks.items() if figures}
+
+
+def weighted_loss(looks: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> float:
+    """One loss of several validation sets; a set without a weight weighs 1."""
+    weight_of = {name: weights.get(name, 1.0) for name in looks}
+    return sum(weight_of[name] * figures["loss"] for name, figures in looks.items()) / sum(weight_of.values())
