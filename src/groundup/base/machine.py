@@ -1,6 +1,5 @@
 """Facts of the machine, read once and written into the run; nothing here is timed."""
 
-import logging
 import os
 import platform
 import shutil
@@ -115,6 +114,8 @@ def prepare_process() -> None:
 def quiet_imports() -> Iterator[None]:
     """Around the late import of a library that brings torchao along: its notes on files for other devices, and those
     of torch on how torchao registers its types, are for its own makers."""
+    import logging  # as above
+
     prepare_process()
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
