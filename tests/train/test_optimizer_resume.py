@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "adafactor": {"optimizer": "adafactor"},
     "sgd": {"optimizer": "sgd"},
     "plain sgd": {"optimizer": "sgd", "sgd_momentum": 0.0},
+    "averages": {"optimizer": "adamw", "ema_decay": 0.9},
 }
 
 

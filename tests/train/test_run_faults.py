@@ -366,7 +366,7 @@ def changing_parts(thing, path="run", seen=None):
             yield from changing_parts(value, f"{path}.{name}", seen)
 
 
-SAVED = re.compile(r"run\.state\.|run\.engine\.(masters|optimizers)\[|run\.job\.model\..*_parameters\[")
+SAVED = re.compile(r"run\.state\.|run\.engine\.(masters\[|optimizers\[|average\.)|run\.job\.model\..*_parameters\[")
 NOT_STATE = {
     "run._began", "run._elapsed_before", "run._saving_seconds", "run._busy_seconds", "run._stragglers", "run._saved_step",  # clocks, and where the disk is
     "run.engine._norm",  # set before each use
@@ -385,7 +385,13 @@ def hidden_changes(run):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"optimizer": "adamw"}, {"optimizer": "adamw_8bit"}, {"optimizer": "adafactor"}, {"precision": "bf16"}],
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "adafactor"},
+        {"precision": "bf16", "ema_decay": 0.9},
+    ],
 )
 def test_all_that_changes_is_in_the_state(make_job, changes):
     run = TrainingRun(make_job("run", **SCHEDULED, **changes))

@@ -76,6 +76,9 @@ class OptimConfig(Config):
     """How wsd decays; sqrt is 1 - sqrt(progress) (arXiv:2405.18392)."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients with a larger norm are scaled down to it; None never clips."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a moving average of the weights, such as 0.999 of itself at each step: validation, samples and the final model
+    use the average; training goes on with the weights. None keeps none."""
 
     @model_validator(mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from groundup.base.failpoints import reach
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import EXPERT_LOAD, NLL, LossSums
+from groundup.optim.averaging import WeightAverage, computing_with
 from groundup.optim.build import build_optimizers
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import set_lr
@@ -148,6 +150,7 @@ class TorchEngine:
         self._load_LE: Tensor | None = None
         self._lanes = Lanes(num_lanes)
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
+        self.average = None if config.ema_decay is None else WeightAverage(self.masters, config.ema_decay)
         self._norm, self._grad_scale = 0.0, 1.0
 
     def forward_backward(
@@ -315,6 +318,8 @@ class TorchEngine:
             optimizer.step()
         if self._biases and self._load_LE is not None:
             self.model.balance_experts(self._load_LE)
+        if self.average is not None:
+            self.average.update(self.masters)
         if self.scaler is not None:
             self.scaler.grow()
         self.discard_gradients()
@@ -336,12 +341,22 @@ class TorchEngine:
         """All that training changes in the model, in fp32: what has a gradient, and the biases of routers."""
         return {name: weight.detach() for name, weight in (self.masters | self._biases).items()}
 
+    @property
+    def final_weights(self) -> dict[str, Tensor]:
+        """What the run gives back: the averages of the weights where they are kept, else the weights."""
+        return self.weights if self.average is None else self.weights | self.average.tensors
+
+    def with_final_weights(self) -> AbstractContextManager[None]:
+        """Around a look at the model: inside it computes with what the run would give back now."""
+        return nullcontext() if self.average is None else computing_with(self.model, self.average.tensors)
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        state = {
+        parts = {"scaler": self.scaler, "ema": self.average}
+        return {
             "model": self.weights,
             "optimizer": plain_state(self.optimizers, self.masters),
+            **{name: part.state_dict() for name, part in parts.items() if part is not None},
         }
-        return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         weights, own = tensors["model"], self.weights
@@ -358,4 +373,8 @@ class TorchEngine:
                 weight.copy_(weights[name])
         if self.scaler is not None and "scaler" in tensors:
             self.scaler.load_state_dict(tensors["scaler"])
+        if self.average is not None and "ema" in tensors:
+            self.average.load_state_dict(tensors["ema"])
+        elif self.average is not None:
+            self.average.restart(self.masters)
         self._refresh_copies()

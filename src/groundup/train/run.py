@@ -97,7 +97,7 @@ class TrainingRun:
         if found is None:
             return False
         self.state = TrainingState(**found.state)
-        kept = [name for name in ("model", "optimizer", "scaler") if f"{name}{SUFFIX}" in found.files]
+        kept = [name for name in ("model", "optimizer", "scaler", "ema") if f"{name}{SUFFIX}" in found.files]
         self.engine.load_state_dict({name: found.tensors(name) for name in kept})
         return True
 
@@ -192,7 +192,7 @@ class TrainingRun:
             num_ranks=self.world.size,
             loss_scale=self.engine.loss_scale,
         )
-        return TrainingOutcome(self.engine.state_dict()["model"], self.resolved, figures)
+        return TrainingOutcome(self.engine.final_weights, self.resolved, figures)
 
     def _most_checkpoints(self) -> int:
         return most_checkpoints(
@@ -446,21 +446,23 @@ class TrainingRun:
         if not self.world.is_first:
             return {}
         reach("run.validate")
-        return look_at_all(
-            self.job.model,
-            self.job.validation,
-            max_rows=self.config.max_validation_rows,
-            micro_batch_rows=self.resolved.micro_batch_rows,
-            device=self._device,
-            token_bytes=self.job.token_bytes,
-            should_stop=self._should_stop(stop),
-        )
+        with self.engine.with_final_weights():
+            return look_at_all(
+                self.job.model,
+                self.job.validation,
+                max_rows=self.config.max_validation_rows,
+                micro_batch_rows=self.resolved.micro_batch_rows,
+                device=self._device,
+                token_bytes=self.job.token_bytes,
+                should_stop=self._should_stop(stop),
+            )
 
     def _sample(self, stop: StopRequest) -> None:
         for prompt in self.config.sample_prompts if self.world.is_first else ():
             if stop.is_asked():
                 return
-            text = self.job.sample(self.job.model, prompt)
+            with self.engine.with_final_weights():
+                text = self.job.sample(self.job.model, prompt)
             self._event(self.state.step, "sample", {"prompt": prompt, "text": text})
             self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
 

@@ -55,6 +55,7 @@ def most_checkpoints(
 
 
 def checkpoint_bytes(engine: TorchEngine) -> int:
-    """Bytes of one checkpoint: the weights and what the optimizers will keep of them."""
+    """Bytes of one checkpoint: the weights, what the optimizers will keep of them, and their averages."""
     shapes = {name: tuple(master.shape) for name, master in engine.masters.items()}
-    return sum(weight.nbytes for weight in engine.weights.values()) + state_bytes(shapes, engine.config)
+    weights = [*engine.weights.values(), *(() if engine.average is None else engine.average.state_dict().values())]
+    return sum(weight.nbytes for weight in weights) + state_bytes(shapes, engine.config)
