@@ -75,12 +75,12 @@ class TwoTerms(CausalLM):
 
 
 def totals(world, labels):
-    """Figures of one ragged batch of three sources by a model of two terms, row by row."""
+    """Figures of one ragged batch of two sources by a model of two terms, row by row."""
     model = tiny_model()
     model.__class__ = TwoTerms
     engine = TorchEngine(model, OptimConfig(), dtype=torch.float32, device="cpu", micro_batch_rows=1, world=world)
-    numbers = tuple(row % 3 for row in range(len(labels)))
-    sources = RowSources(("a", "b", "c"), numbers, torch.tensor(numbers))
+    numbers = tuple(row % 2 for row in range(len(labels)))
+    sources = RowSources(("a", "b"), numbers, torch.tensor(numbers))
     batch = replace(ragged_batch(labels), counts=tuple(labels), sources=sources)
     return engine.forward_backward(batch, lambda row: row).figures()
 
