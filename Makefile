@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test test-long check format wheel clean
+.PHONY: quickstart test test-long check bench format wheel clean
 
 quickstart: $(STAMP)  ## raw text in, a chatting model out
 	$(BIN)/groundup quickstart
@@ -19,6 +19,10 @@ check: $(STAMP)  ## what stands before every commit: style, types, layers, unit 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not parity and not end_to_end"
+
+bench: $(STAMP)  ## every comparison with a peer on this machine; rows go to docs/benchmarks.md
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	for name in startup generation data train_step time_to_quality; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

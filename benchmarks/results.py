@@ -1,0 +1,33 @@
+"""docs/benchmarks.md: one section a program, one table a section, one row a measurement."""
+
+import datetime
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from groundup.base import machine
+from groundup.base.files import atomic_write
+
+PAGE = Path("docs/benchmarks.md")
+
+
+def add_row(heading: str, command: str, cells: Mapping[str, str], page: Path = PAGE) -> None:
+    """Add a row, with date and machine before it, to the table under a heading; both are made where they are missing."""
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
+    columns = ["date", "machine", *cells]
+    row = [datetime.datetime.now(datetime.UTC).date().isoformat(), this_machine(), *cells.values()]
+    if f"## {heading}\n" not in text:
+        head = f"## {heading}\n\n`{command}`\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+        text = f"{text.rstrip()}\n\n{head}\n"
+    before, found, after = text.partition(f"## {heading}\n")
+    section, border, rest = after.partition("\n## ")
+    section = f"{section.rstrip()}\n| {' | '.join(row)} |\n"
+    with atomic_write(page) as file:
+        file.write(f"{before}{found}{section}{border}{rest}".encode())
+
+
+def this_machine() -> str:
+    """Processor, cores and torch's version, in a few words."""
+    facts = machine.describe()
+    kind = "bf16 products" if machine.has_fast_bf16() else "no bf16 products"
+    return f"{facts['cpu'] or platform.processor()}, {facts['cores']} cores, {kind}, torch {facts['packages']['torch']}"
