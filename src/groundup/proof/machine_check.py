@@ -21,7 +21,11 @@ INSTRUCTIONS = {
     "sve": "SVE",
     "bf16": "Arm bf16",
 }
-EXTRAS = {"dev": ("what `make check` and `make test` need", ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"))}
+EXTRAS = {
+    "bitsandbytes": ("8-bit AdamW and NF4 by bitsandbytes", ("bitsandbytes",)),
+    "bench": ("`make bench`, the comparisons with transformers Trainer", ("accelerate",)),
+    "dev": ("what `make check` and `make test` need", ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff")),
+}
 """What each extra is for, and the packages that it brings."""
 
 
