@@ -32,7 +32,7 @@ EXTRAS = {
 def check_machine(log: Log) -> None:
     """Print a line for each fact."""
     for name, text in machine_facts().items():
-        log.say(f"  {name:<14}{text}")
+        log.say(f"  {name:<20}{text}")
     log.say("proofs on a recipe's model shape: groundup doctor numerics [RECIPE]")
 
 
