@@ -18,3 +18,15 @@ def test_peak_memory_grows_with_use():
     block = bytearray(before)
     block[::4096] = b"x" * len(block[::4096])
     assert machine.peak_memory_bytes() > before
+
+
+def test_memory_of_a_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 1000)
+    assert machine.memory_limit_bytes(tmp_path) == 1000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory_limit_bytes(tmp_path) == 1000
+    (tmp_path / "memory.max").write_text("600\n")
+    assert machine.memory_limit_bytes(tmp_path) == 600
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("500\n")
+    assert machine.memory_limit_bytes(tmp_path) == 500

@@ -38,6 +38,17 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def memory_limit_bytes(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may take at most, in bytes: the machine's, or less where a container's limit is lower."""
+    limits = [memory_bytes()]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of the second and of the first kind of cgroups
+        path = cgroups / name
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
 def available_memory_bytes() -> int:
     """Memory that can be taken without swapping, in bytes; all of it where the system does not say."""
     meminfo = Path("/proc/meminfo")

@@ -13,10 +13,12 @@ from groundup.base.duration import in_steps
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.attention import AttentionMaker
+from groundup.model.config import ModelConfig
 from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.world import World
 from groundup.train.combinations import refuse_clash
 from groundup.train.config import TrainConfig
+from groundup.train.fit import fitting_rows, memory_of_a_rank, training_of
 
 CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens at work whose activations stay in a CPU's last-level cache; lanes share them."""
@@ -80,9 +82,13 @@ def resolve(
     matrix_parameters: int,
     has_dropout: bool = False,
     world: World | None = None,
+    shape: ModelConfig | None = None,
 ) -> Resolved:
-    """Resolve a section; threads and lanes are those of one rank. Raises ConfigError for a batch that its rows do not
-    divide, for a warmup longer than the run, and for fewer CUDA devices than ranks."""
+    """Resolve a section; threads and lanes are those of one rank. With a model's shape the memory is counted too.
+
+    Raises ConfigError for a batch that its rows do not divide, for a warmup longer than the run, and for fewer CUDA
+    devices than ranks; DoesNotFit for a run that the memory does not hold.
+    """
     num_ranks, num_local = (world.size, world.num_local) if world is not None else (1, 1)
     if config.batch_size_tokens % config.row_length:
         nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
@@ -122,6 +128,19 @@ def resolve(
     can_open_lanes = device == "cpu" and not compiles and not has_dropout
     lanes = max(1, min(num_threads, share_rows * config.row_length // LANE_TOKENS)) if can_open_lanes else 1
     micro_batch_rows = _micro_batch_rows(config, device, share_rows, lanes)
+    lanes = min(lanes, -(-share_rows // micro_batch_rows))
+    if shape is not None:
+        training = training_of(
+            config,
+            share_rows=share_rows,
+            rows=micro_batch_rows,
+            precision=precision,
+            attention=attention,
+            num_lanes=lanes,
+            device=device,
+        )
+        limit = memory_of_a_rank(device, num_local)
+        micro_batch_rows, lanes = fitting_rows(shape, training, limit, is_auto=config.micro_batch_rows == "auto")
     return Resolved(
         device=device,
         precision=precision,
@@ -129,7 +148,7 @@ def resolve(
         micro_batch_rows=micro_batch_rows,
         compile=compiles,
         num_threads=num_threads,
-        num_lanes=min(lanes, -(-share_rows // micro_batch_rows)),
+        num_lanes=lanes,
         batch_rows=batch_rows,
         total_steps=total_steps,
         warmup_steps=warmup_steps_of(config.warmup, total_steps, **sizes),
@@ -179,6 +198,7 @@ def resolve_once(
     matrix_parameters: int,
     has_dropout: bool = False,
     world: World | None = None,
+    shape: ModelConfig | None = None,
     changed: Collection[str] = (),
 ) -> Resolved:
     """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with."""
@@ -188,6 +208,7 @@ def resolve_once(
         matrix_parameters=matrix_parameters,
         has_dropout=has_dropout,
         world=world,
+        shape=shape,
     )
     path = folder / RESOLVED
     if path.exists():

@@ -117,6 +117,7 @@ class TrainingRun:
                 matrix_parameters=matrix_parameters,
                 has_dropout=has_dropout,
                 world=self.world,
+                shape=self.job.model.config,
                 changed={name.rpartition(".")[2] for name in self.job.changes},
             )
         return Resolved(**self.world.broadcast(resolved and asdict(resolved)))

@@ -1,0 +1,94 @@
+"""Whether a run fits into the machine's memory, known before its first step, and what would make it fit."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from groundup.adapters.config import AdapterConfig
+from groundup.base import machine
+from groundup.base.errors import DoesNotFit
+from groundup.model.config import ModelConfig
+from groundup.train.config import TrainConfig
+from groundup.train.footprint import Footprint, Training, footprint
+
+LEAST_ROW = 64
+"""Tokens below which no shorter row is proposed."""
+
+
+def memory_of_a_rank(device: str, num_local: int) -> int:
+    """Bytes that one rank may take: a fact of the machine, not what happens to be free."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return machine.memory_limit_bytes() // num_local
+
+
+def training_of(config: TrainConfig, *, share_rows: int, **resolved: object) -> Training:
+    """What of a section decides the memory; `resolved` are the fields of Training that were `auto`."""
+    has_adapter = isinstance(config, AdapterConfig) and config.adapter != "none"
+    values = {
+        "row_length": config.row_length,
+        "batch_rows": share_rows,
+        "optim": config,
+        "adapter": config if has_adapter else None,
+        "saves_while_training": config.checkpoint_every is not None,
+    }
+    return Training(**(values | resolved))  # type: ignore[arg-type]
+
+
+def fitting_rows(shape: ModelConfig, training: Training, limit: int, *, is_auto: bool) -> tuple[int, int]:
+    """(rows of a micro-batch, lanes) that fit: those of `training`, or fewer where the rows are `auto`.
+
+    Raises DoesNotFit with the memory by part and the nearest settings that fit.
+    """
+    candidates = [training, *(_smaller(training) if is_auto else ())]
+    for candidate in candidates:
+        if footprint(shape, candidate).total <= limit:
+            return candidate.rows, candidate.num_lanes
+    raise _does_not_fit(footprint(shape, candidates[-1]), shape, candidates[-1], limit)
+
+
+def _smaller(training: Training) -> Iterator[Training]:
+    """With fewer rows that divide the batch, then with fewer lanes."""
+    for rows in range(training.rows - 1, 0, -1):
+        if training.batch_rows % rows == 0:
+            yield replace(training, rows=rows)
+    for lanes in range(training.num_lanes - 1, 0, -1):
+        yield replace(training, rows=1, num_lanes=lanes)
+
+
+def _does_not_fit(plan: Footprint, shape: ModelConfig, training: Training, limit: int) -> DoesNotFit:
+    words = next((words for words, easier in _easier(training) if footprint(shape, easier).total <= limit), None)
+    return DoesNotFit(
+        "E-MEMORY",
+        what=f"training needs {plan.total / 1e9:.2f} GB and there are {limit / 1e9:.2f} GB ({plan.words()})",
+        next=f"what fits: {words}" if words else "take a smaller model, or a machine with more memory",
+    )
+
+
+def _easier(training: Training) -> Iterator[tuple[str, Training]]:
+    """Settings that need less and less memory, in the order of what they cost, each on top of those before."""
+    words: list[str] = []
+
+    def step(change: str, **changes: Any) -> tuple[str, Training]:
+        nonlocal training
+        training = replace(training, **changes)
+        words.append(change)
+        return ", ".join(words), training
+
+    if training.rows > 1:
+        yield step("micro_batch_rows: 1", rows=1, num_lanes=1)
+    if training.num_lanes > 1:
+        yield step("num_threads: 1", num_lanes=1)
+    if training.adapter is None and training.optim.optimizer != "adamw_8bit":
+        optim = training.optim.model_copy(update={"optimizer": "adamw_8bit"})
+        yield step("optimizer: adamw_8bit", optim=optim)
+    if training.saves_while_training:
+        yield step("checkpoint_every left out", saves_while_training=False)
+    if training.precision == "fp32" and machine.has_fast_bf16():
+        yield step("precision: bf16", precision="bf16")
+    while training.row_length > LEAST_ROW:
+        length = training.row_length // 2
+        yield step(f"row_length: {length}", row_length=length, batch_rows=2 * training.batch_rows)
+        words.pop()  # the next one stands in its place

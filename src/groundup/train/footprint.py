@@ -1,0 +1,396 @@
+"""Memory of a training process in bytes, by part, as a function of shapes alone: what autograd saves, counted.
+
+Nothing is measured here; `benchmarks/footprint.py` holds the formula against real processes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from math import prod
+
+from groundup.adapters.config import AdapterConfig
+from groundup.adapters.targets import is_meant
+from groundup.model.config import ModelConfig
+from groundup.optim.config import OptimConfig
+from groundup.optim.groups import group_of, kind_of
+from groundup.optim.state import state_bytes
+
+Shape = tuple[int, ...]
+FP32, INT64 = 4, 8
+ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
+NF4_BYTES = 0.52
+"""A weight in 4 bits, with its share of the scales."""
+UNPACKING_BYTES = 12
+"""What a weight in 4 bits takes while it is unpacked for a product."""
+LOGITS_IN_A_CHUNK = 1 << 21
+"""As in model/loss.py."""
+QUERIES_IN_A_CHUNK = 256
+"""As in model/attention.py."""
+PROCESS = 360 << 20
+"""Resident size of a process that has trained the smallest of models: what our stack takes for itself."""
+CUDA_PROCESS = 600 << 20
+"""The same on a CUDA device: its context and its libraries' buffers. Never measured."""
+HEAP_SHARE, CUDA_HEAP_SHARE = 0.45, 0.05
+"""Memory that the allocator holds in pieces too small to use, as a share of what the passes need: glibc's between 0.2 and
+0.85 over the cases of the benchmark, CUDA's never measured."""
+OWN_MAPPING = 32 << 20
+"""Tensors of so many bytes get a mapping of their own from glibc and leave no pieces."""
+WORKSPACE_OF_MUON = 5
+"""Copies of the matrices of one shape in its Newton-Schulz steps."""
+WORKSPACE_OF_A_TENSOR = 4
+"""Copies of a tensor in fp32 while its 8-bit or factored state is unfolded."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides the memory beside the model's shape."""
+
+    rows: int
+    """Of one micro-batch."""
+    row_length: int
+    batch_rows: int
+    """Of one rank."""
+    optim: OptimConfig
+    precision: str = "fp32"
+    attention: str = "sdpa"
+    num_lanes: int = 1
+    activation_checkpointing: str = "none"
+    device: str = "cpu"
+    adapter: AdapterConfig | None = None
+    """None trains every weight."""
+    saves_while_training: bool = False
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the products."""
+        return ITEM[self.precision]
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.rows * self.row_length
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by part. `start`, the passes over a batch, and `step` do not exist at the same time."""
+
+    process: int
+    start: int
+    """Weights in fp32, before they are cast."""
+    weights: int
+    """Masters in fp32, the copy that computes, what is frozen."""
+    gradients: int
+    """Sums in fp32."""
+    optimizer: int
+    """Moments."""
+    average: int
+    """Running mean of the weights."""
+    snapshot: int
+    """Copy of weights, moments and mean that is written while training goes on."""
+    loader: int
+    """Rows of this step and the next."""
+    activations: int
+    """What the forward passes at work keep for their backward passes."""
+    logits: int
+    """A chunk of logits, and the gradients of the head."""
+    backward: int
+    """What a backward pass holds beside its activations: the gradients of a block's values, or of the weights."""
+    heap: int
+    """What the allocator cannot use again."""
+    step: int
+    """What the optimizer's step holds for itself."""
+
+    @property
+    def lasting(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.snapshot + self.loader
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        passes = self.activations + self.logits + self.backward + self.heap
+        return self.process + max(self.start, self.lasting + max(passes, self.step))
+
+    def words(self) -> str:
+        """Every part of at least a hundredth, in MB."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name} {num / 1e6:,.0f} MB" for name, num in parts.items() if num >= self.total / 100)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A model's shape in numbers."""
+
+    shape: ModelConfig
+
+    @cached_property
+    def queries(self) -> int:
+        return self.shape.num_attention_heads * self.shape.head_size
+
+    @cached_property
+    def keys(self) -> int:
+        return self.shape.num_key_value_heads * self.shape.head_size
+
+    @cached_property
+    def vocab(self) -> int:
+        assert self.shape.vocab_size != "auto", "resolve the vocabulary first"
+        return self.shape.vocab_size
+
+
+def parameter_shapes(shape: ModelConfig) -> dict[str, Shape]:
+    """Every parameter's shape by its name, as `CausalLM.named_parameters` has them."""
+    hidden, vocab = shape.hidden_size, _Sizes(shape).vocab
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(shape.num_hidden_layers):
+        shapes |= {f"model.layers.{layer}.{name}": size for name, size in _block_shapes(shape, layer).items()}
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes if shape.tie_word_embeddings else shapes | {"lm_head.weight": (vocab, hidden)}
+
+
+def _block_shapes(shape: ModelConfig, layer: int) -> dict[str, Shape]:
+    sizes, hidden = _Sizes(shape), shape.hidden_size
+    shapes: dict[str, Shape] = {}
+    outputs = {"q_proj": sizes.queries, "k_proj": sizes.keys, "v_proj": sizes.keys}
+    for name, size in outputs.items():
+        shapes[f"self_attn.{name}.weight"] = (size, hidden)
+        if shape.model_type == "qwen2" or shape.attention_bias:
+            shapes[f"self_attn.{name}.bias"] = (size,)
+    shapes["self_attn.o_proj.weight"] = (hidden, sizes.queries)
+    if shape.attention_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if shape.has_qk_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (shape.head_size,) for name in "qk"}
+    shapes |= {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    if not shape.is_sparse(layer):
+        return shapes | _mlp_shapes("mlp", hidden, shape.intermediate_size)
+    assert shape.num_experts is not None
+    shapes["mlp.gate.weight"] = (shape.num_experts, hidden)
+    if shape.has_router_bias:
+        shapes["mlp.gate.e_score_correction_bias"] = (shape.num_experts,)
+    shapes["mlp.experts.gate_up_proj"] = (shape.num_experts, 2 * shape.expert_size, hidden)
+    shapes["mlp.experts.down_proj"] = (shape.num_experts, hidden, shape.expert_size)
+    if shape.n_shared_experts is not None:
+        shapes |= _mlp_shapes("mlp.shared_experts", hidden, shape.n_shared_experts * shape.expert_size)
+    return shapes
+
+
+def _mlp_shapes(name: str, hidden: int, inner: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{name}.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
+    return shapes | {f"{name}.down_proj.weight": (hidden, inner)}
+
+
+def adapted(shapes: Mapping[str, Shape], adapter: AdapterConfig) -> dict[str, Shape]:
+    """Shapes of the linear layers that an adapter is put onto, by their names."""
+    linears = {name.removesuffix(".weight"): size for name, size in shapes.items() if ".layers." in name}
+    linears = {name: size for name, size in linears.items() if name.endswith("_proj") and len(size) == 2}
+    return {
+        name: size for name, size in linears.items() if any(is_meant(name, pattern) for pattern in adapter.lora_targets)
+    }
+
+
+def trained_shapes(shape: ModelConfig, adapter: AdapterConfig | None) -> dict[str, Shape]:
+    """Shapes of what is trained, by name."""
+    shapes = parameter_shapes(shape)
+    if adapter is None:
+        return {name: size for name, size in shapes.items() if not name.endswith("e_score_correction_bias")}
+    trained: dict[str, Shape] = {}
+    for name, (outputs, inputs) in adapted(shapes, adapter).items():
+        trained[f"{name}.lora_A.default.weight"] = (adapter.lora_rank, inputs)
+        trained[f"{name}.lora_B.default.weight"] = (outputs, adapter.lora_rank)
+        if adapter.use_dora:
+            trained[f"{name}.lora_magnitude_vector.default.weight"] = (outputs,)
+    return trained
+
+
+def footprint(shape: ModelConfig, training: Training) -> Footprint:
+    """Memory of one rank that trains a model of this shape."""
+    shapes = parameter_shapes(shape)
+    num_whole = sum(map(prod, shapes.values()))
+    trained = trained_shapes(shape, training.adapter)
+    num_trained = sum(map(prod, trained.values()))
+    copy = 0 if training.precision == "fp32" else training.item
+    moments = state_bytes(trained, training.optim)
+    average = 0 if training.optim.ema_decay is None else FP32 * num_trained
+    activations = training.num_lanes * activation_bytes(shape, training)
+    logits = training.num_lanes * logits_bytes(shape, training)
+    backward = training.num_lanes * _backward_bytes(shape, training)
+    return Footprint(
+        process=CUDA_PROCESS if training.device == "cuda" else PROCESS,
+        start=FP32 * num_whole,
+        weights=num_trained * (FP32 + copy) + _frozen_bytes(shapes, training),
+        gradients=FP32 * num_trained,
+        optimizer=moments,
+        average=average,
+        snapshot=FP32 * num_trained + moments + average if training.saves_while_training else 0,
+        loader=2 * 3 * INT64 * training.batch_rows * training.row_length,
+        activations=activations,
+        logits=logits,
+        backward=backward,
+        heap=int(_heap_share(shape, training) * (activations + logits + backward)),
+        step=_step_bytes(trained, training.optim),
+    )
+
+
+def _frozen_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
+    """The base under an adapter: in the dtype of the products, its linear layers in 4 bits for qlora."""
+    if training.adapter is None:
+        return 0
+    packed = 0
+    if training.adapter.adapter == "qlora":
+        everywhere = training.adapter.model_copy(update={"lora_targets": ("*",)})
+        packed = sum(map(prod, adapted(shapes, everywhere).values()))
+    return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * training.item
+
+
+def activation_bytes(shape: ModelConfig, training: Training) -> int:
+    """What autograd saves in one forward pass, the head's gradients apart."""
+    tokens, hidden = training.tokens, shape.hidden_size
+    ends = tokens * (_norm(hidden, 1, training) + INT64 + 2 * FP32 * shape.head_size)
+    ends += tokens * INT64 if training.adapter is None else 0  # the embedding's own
+    walls = training.rows * training.row_length**2 * training.item if training.attention == "sdpa" else 0
+    blocks, flows = [], training.adapter is None
+    for layer in range(shape.num_hidden_layers):
+        block = Block(shape, training, layer, flows)
+        blocks.append(block.num_bytes())
+        flows = flows or bool(block.adapted)
+    if training.activation_checkpointing == "block":
+        return shape.num_hidden_layers * tokens * hidden * training.item + max(blocks) + ends + walls
+    return sum(blocks) + ends + walls
+
+
+def _norm(size: int, num_groups: int, training: Training) -> int:
+    """Bytes a token: input and statistics in fp32, and the normed values where the norm's weight is trained."""
+    return FP32 * (size + num_groups) + (training.item * size if training.adapter is None else 0)
+
+
+class Block:
+    """What autograd saves in one block. `flows` says whether anything before it is trained: what nothing trained stands
+    before is not kept."""
+
+    def __init__(self, shape: ModelConfig, training: Training, layer: int, flows: bool) -> None:
+        self.shape, self.training, self.sizes, self.flows = shape, training, _Sizes(shape), flows
+        self.is_sparse, self.item = shape.is_sparse(layer), training.item
+        shapes = {f"model.layers.{layer}.{name}": size for name, size in _block_shapes(shape, layer).items()}
+        chosen = {} if training.adapter is None else adapted(shapes, training.adapter)
+        self.adapted = {name.rpartition(".")[2]: size for name, size in chosen.items()}
+
+    def num_bytes(self) -> int:
+        """All of it."""
+        query, key, value = (self.flows or self._has(name) for name in ("q_proj", "k_proj", "v_proj"))
+        attends = query or key or value
+        second = attends or self._has("o_proj")
+        hidden, heads = self.shape.hidden_size, self.shape.num_attention_heads
+        token = self.flows * _norm(hidden, 1, self.training) + second * _norm(hidden, 1, self.training)
+        token += self.item * hidden * self._keeps_input("q_proj", "k_proj", "v_proj")
+        if self.shape.has_qk_norm:
+            token += query * _norm(self.sizes.queries, heads, self.training)
+            token += key * _norm(self.sizes.keys, self.shape.num_key_value_heads, self.training)
+        token += self._sparse_mlp() if self.is_sparse else self._mlp(self.shape.intermediate_size, second)
+        token += self.item * sum(self._low_rank(name, attends, second) for name in self.adapted)
+        rows = self._attention(query, key, value) if attends else [self._input_of_o()]
+        return self.training.tokens * token + self.training.rows * sum(rows)
+
+    def _has(self, *names: str) -> bool:
+        """Whether one of these linear layers is trained, itself or by its adapter."""
+        return self.training.adapter is None or any(name in self.adapted for name in names)
+
+    def _keeps_input(self, *names: str) -> bool:
+        """Whether one of them keeps its input: dropout before an adapter keeps its own result instead."""
+        adapter = self.training.adapter
+        return self._has(*names) and (adapter is None or adapter.lora_dropout == 0)
+
+    def _low_rank(self, name: str, attends: bool, second: bool) -> int:
+        """Numbers a token that an adapter keeps beside the input: its low-rank values; dropout's mask and result."""
+        adapter, (outputs, inputs) = self.training.adapter, self.adapted[name]
+        assert adapter is not None
+        flows = {"o_proj": attends, "gate_proj": second, "up_proj": second, "down_proj": self._inner(second)}
+        masks = 1 + flows.get(name, self.flows) if adapter.lora_dropout else 0
+        return adapter.lora_rank + masks * inputs + (2 * outputs if adapter.use_dora else 0)
+
+    def _inner(self, second: bool) -> bool:
+        return second or self._has("gate_proj", "up_proj")
+
+    def _mlp(self, inner: int, second: bool) -> int:
+        gate, up = second or self._has("gate_proj"), second or self._has("up_proj")
+        token = self.shape.hidden_size * self._keeps_input("gate_proj", "up_proj")
+        # silu's input and the other factor for the gate, silu's result for the other factor
+        return self.item * (token + inner * (2 * gate + up + self._keeps_input("down_proj")))
+
+    def _sparse_mlp(self) -> int:
+        """The router reads fp32; each chosen expert gets a copy of the token."""
+        shape = self.shape
+        assert shape.num_experts is not None and shape.num_experts_per_tok is not None
+        chosen, inner, hidden = shape.num_experts_per_tok, shape.expert_size, shape.hidden_size
+        token = FP32 * (hidden + 2 * shape.num_experts + 2 * chosen) + 3 * INT64 * chosen
+        token += self.item * chosen * (2 * hidden + 4 * inner)
+        if shape.n_shared_experts is None:
+            return token
+        shared = self._mlp(shape.n_shared_experts * inner, True)
+        return token + shared - (hidden * FP32 if self.item == FP32 else 0)  # which the router keeps already
+
+    def _attention(self, query: bool, key: bool, value: bool) -> Iterator[int]:
+        """Bytes a row that the maker saves, by what of its three inputs is trained."""
+        length, item, heads = self.training.row_length, self.item, self.shape.num_attention_heads
+        queries, keys = self.sizes.queries, self.sizes.keys
+        if self.training.attention not in ("chunked", "dense"):
+            yield length * (item * (2 * queries + 2 * keys) + FP32 * heads)
+            return
+        chunk = length if self.training.attention == "dense" else QUERIES_IN_A_CHUNK
+        begins = range(0, length, chunk)
+        ends = [min(begin + chunk, length) for begin in begins]
+        pairs = sum((end - begin) * end for begin, end in zip(begins, ends, strict=True))
+        scored = query or key
+        yield item * queries * length * key
+        yield item * queries * sum(ends) * (query + scored)  # keys and values, repeated for every query head
+        yield heads * pairs * (FP32 * scored + (item * value if item != FP32 else FP32 * (value and not scored)))
+        yield self._input_of_o()
+
+    def _input_of_o(self) -> int:
+        return self.item * self.sizes.queries * self.training.row_length * self._keeps_input("o_proj")
+
+
+def logits_bytes(shape: ModelConfig, training: Training) -> int:
+    """A chunk of logits with its gradient, and what the one loss keeps: gradients of its input and of the head."""
+    vocab = _Sizes(shape).vocab
+    chunk = min(training.tokens, max(1, LOGITS_IN_A_CHUNK // vocab)) * vocab
+    kept = training.tokens * shape.hidden_size * training.item
+    head = vocab * shape.hidden_size * FP32 if training.adapter is None else 0
+    return kept + head + max(chunk * (2 * FP32 + (training.item if training.item != FP32 else 0)), head)
+
+
+def _backward_bytes(shape: ModelConfig, training: Training) -> int:
+    """Gradients under way in a backward pass: of the MLP's values or of the scores, three at a time."""
+    inner = shape.intermediate_size
+    if shape.num_experts_per_tok is not None:
+        inner = max(inner, shape.expert_size * shape.num_experts_per_tok)
+    mlp = training.tokens * training.item * (3 * inner + shape.hidden_size)
+    length = training.row_length
+    queries = {"dense": length, "chunked": min(length, QUERIES_IN_A_CHUNK)}.get(training.attention, 0)
+    scores = 3 * FP32 * training.rows * shape.num_attention_heads * queries * length
+    unpacked = 0
+    if training.adapter is not None and training.adapter.adapter == "qlora":
+        unpacked = UNPACKING_BYTES * shape.hidden_size * max(inner, _Sizes(shape).queries)
+    return max(mlp, scores) + unpacked
+
+
+def _heap_share(shape: ModelConfig, training: Training) -> float:
+    if training.device == "cuda":
+        return CUDA_HEAP_SHARE
+    values = training.tokens * training.item * max(shape.intermediate_size, _Sizes(shape).queries)
+    scores = FP32 * training.rows * shape.num_attention_heads * training.row_length**2
+    largest = max(values, scores if training.attention == "dense" else 0)
+    return 0.0 if largest >= OWN_MAPPING else HEAP_SHARE
+
+
+def _step_bytes(trained: Mapping[str, Shape], optim: OptimConfig) -> int:
+    """Muon works on all matrices of a shape at once, 8-bit states and Adafactor on one tensor; AdamW and SGD in place."""
+    largest = 0
+    stacks: dict[Shape, int] = {}
+    for name, size in trained.items():
+        kind = kind_of(group_of(name, len(size), optim), optim)
+        if kind == "muon":
+            stacks[size] = stacks.get(size, 0) + prod(size)
+        elif kind in ("torchao", "adafactor"):
+            largest = max(largest, WORKSPACE_OF_A_TENSOR * prod(size))
+    return FP32 * max(largest, WORKSPACE_OF_MUON * max(stacks.values(), default=0))

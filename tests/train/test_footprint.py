@@ -1,0 +1,185 @@
+"""The memory formula against what autograd really saves: no byte more, none less."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from groundup.adapters.config import AdapterConfig
+from groundup.adapters.lora import inject_lora
+from groundup.data.rows import RowBatch
+from groundup.model.causal_lm import CausalLM
+from groundup.model.config import ModelConfig
+from groundup.model.segments import Segments
+from groundup.optim.config import OptimConfig
+from groundup.train.engine import TorchEngine
+from groundup.train.footprint import (
+    Training,
+    activation_bytes,
+    footprint,
+    parameter_shapes,
+    trained_shapes,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROWS, LENGTH = 3, 40
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+TYPES = {
+    "qwen3": {},
+    "llama": {},
+    "qwen2": {},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False, "attention_bias": True},
+    "qwen3_moe": EXPERTS | {"num_hidden_layers": 3, "mlp_only_layers": (1,)},
+    "mixtral": EXPERTS | {"moe_intermediate_size": None},
+    "dots1": EXPERTS | {"n_shared_experts": 2, "num_hidden_layers": 3, "first_k_dense_replace": 1},
+}
+DENSE_TYPES = ("qwen3", "llama", "qwen2", "untied")
+
+
+def shape_of(name):
+    return ModelConfig(**({"model_type": name} | SHAPE | TYPES[name]))
+
+
+def training_of(**changes):
+    return Training(**({"rows": ROWS, "row_length": LENGTH, "batch_rows": ROWS, "optim": OptimConfig()} | changes))
+
+
+def built(shape, *, precision="fp32", attention="sdpa", adapter=None):
+    model = CausalLM(shape)
+    if adapter is not None:
+        inject_lora(model, adapter, seed=0)
+    model.to(DTYPES[precision])
+    model.use_attention(attention)
+    return model.train()
+
+
+def saved_bytes(model, rows, length):
+    """Bytes that a forward pass leaves for its backward pass, each storage once, parameters left out."""
+    ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            saved[storage.data_ptr()] = tensor  # alive, so that no later one gets its place
+        return tensor
+
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(0, 300, (rows, length), generator=generator)
+    segments = Segments.from_borders(torch.rand(rows, length, generator=generator) < 0.1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens_BT, segments, tokens_BT)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def planned_bytes(shape, training):
+    head = 0 if training.adapter else shape.vocab_size * shape.hidden_size * 4
+    return activation_bytes(shape, training) + training.tokens * shape.hidden_size * training.item + head
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(("attention", "length"), [("sdpa", 40), ("dense", 40), ("chunked", 300)])
+@pytest.mark.parametrize("model_type", DENSE_TYPES)
+def test_activations_are_what_autograd_saves(model_type, length, attention, precision):
+    shape = shape_of(model_type)
+    model = built(shape, precision=precision, attention=attention)
+    training = training_of(row_length=length, precision=precision, attention=attention)
+    assert planned_bytes(shape, training) == saved_bytes(model, ROWS, length)
+
+
+@pytest.mark.parametrize(("attention", "precision"), [("sdpa", "fp32"), ("chunked", "bf16")])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj"), ("*.0.mlp.*",), ("o_proj", "down_proj")])
+def test_activations_of_an_adapter_are_what_autograd_saves(targets, dropout, attention, precision):
+    adapter = AdapterConfig(adapter="lora", lora_rank=4, lora_dropout=dropout, lora_targets=targets)
+    shape = shape_of("qwen3")
+    model = built(shape, precision=precision, attention=attention, adapter=adapter)
+    training = training_of(precision=precision, attention=attention, adapter=adapter)
+    assert planned_bytes(shape, training) == saved_bytes(model, ROWS, LENGTH)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "dots1"])
+def test_activations_of_experts_are_what_autograd_saves(model_type, precision):
+    shape = shape_of(model_type)
+    training = training_of(precision=precision)
+    saved = saved_bytes(built(shape, precision=precision), ROWS, LENGTH)
+    assert planned_bytes(shape, training) == pytest.approx(saved, rel=0.005)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_parameters_are_those_of_the_model(model_type):
+    shape = shape_of(model_type)
+    expected = {name: tuple(parameter.shape) for name, parameter in CausalLM(shape).named_parameters()}
+    assert parameter_shapes(shape) == expected
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("targets", [("*",), ("q_proj",), ("model.layers.1.mlp.*",)])
+def test_what_is_trained_is_what_the_model_trains(targets, use_dora):
+    shape = shape_of("qwen3")
+    adapter = AdapterConfig(adapter="lora", lora_rank=4, lora_targets=targets, use_dora=use_dora)
+    model = built(shape, adapter=adapter)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert trained_shapes(shape, adapter) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "sgd"])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_weights_gradients_and_moments_are_those_of_the_engine(optimizer, precision):
+    shape, optim = shape_of("qwen3"), OptimConfig(optimizer=optimizer)
+    engine = TorchEngine(built(shape), optim, dtype=DTYPES[precision], device="cpu", micro_batch_rows=ROWS)
+    tokens_BT = torch.randint(0, 300, (ROWS, LENGTH))
+    batch = RowBatch(tokens_BT, tokens_BT, Segments.whole_rows(ROWS, LENGTH), tokens_BT.numel())
+    engine.forward_backward(batch, lambda row: row)
+    gradients = sum(master.grad.nbytes for master in engine.masters.values())
+    engine.gradient_norm()
+    engine.optimizer_step(1.0)
+    masters = [*engine.masters.values(), *(engine._copies.values())]
+    moments = sum(
+        value.nbytes for opt in engine.optimizers for values in opt.state.values() for value in values.values()
+    )
+    planned = footprint(shape, training_of(optim=optim, precision=precision))
+    assert planned.weights == sum(tensor.nbytes for tensor in masters)
+    assert planned.gradients == gradients
+    assert planned.optimizer == moments
+
+
+def test_the_peak_is_one_phase_and_not_their_sum():
+    plan = footprint(shape_of("qwen3"), training_of(optim=OptimConfig(optimizer="muon")))
+    passes = plan.activations + plan.logits + plan.backward + plan.heap
+    lasting = plan.weights + plan.gradients + plan.optimizer + plan.snapshot + plan.loader
+    assert plan.total == plan.process + lasting + max(passes, plan.step)
+    small = training_of(rows=1, row_length=2, batch_rows=1, optim=OptimConfig(optimizer="muon"))
+    plan = footprint(shape_of("qwen3"), small)
+    assert plan.step > plan.activations + plan.logits + plan.backward or plan.total > plan.process + lasting
+    big = shape_of("qwen3").model_copy(update={"vocab_size": 1 << 20})
+    adapter = AdapterConfig(adapter="lora", lora_rank=2)
+    frozen = footprint(big, training_of(rows=1, row_length=2, batch_rows=1, precision="bf16", adapter=adapter))
+    assert frozen.total == frozen.process + frozen.start, "the base in fp32, before it is cast"
+
+
+def test_every_option_moves_its_part():
+    shape = shape_of("qwen3")
+    plain = footprint(shape, training_of())
+    saving = footprint(shape, training_of(saves_while_training=True))
+    assert saving.snapshot == plain.weights + plain.optimizer and saving.total == plain.total + saving.snapshot
+    averaged = footprint(shape, training_of(optim=OptimConfig(ema_decay=0.9)))
+    assert averaged.average == averaged.gradients == averaged.total - plain.total
+    lanes = footprint(shape, training_of(num_lanes=2))
+    assert lanes.activations == 2 * plain.activations and lanes.weights == plain.weights
+    light = footprint(shape, training_of(activation_checkpointing="block"))
+    assert light.activations < 0.8 * plain.activations
+    cuda = footprint(shape, training_of(device="cuda"))
+    assert 0 < cuda.heap < plain.heap and cuda.process != plain.process
+    words = replace(plain, process=0).words()
+    assert "activations" in words and "snapshot" not in words
