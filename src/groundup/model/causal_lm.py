@@ -67,12 +67,28 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens_BT: Tensor, segments: Segments, labels_BT: Tensor, *, grad_scale: float = 1.0) -> LossSums:
-        """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing."""
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments: Segments,
+        labels_BT: Tensor,
+        num_loss_tokens: int | None = None,
+        *,
+        grad_scale: float = 1.0,
+    ) -> LossSums:
+        """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing.
+
+        `num_loss_tokens` is the number of labels that are not -100, where the caller knows it.
+        """
         routings: list[Routing] = []
         h_BTD = self.model(tokens_BT, segments, routings)
         sums = linear_cross_entropy(
-            h_BTD, self.lm_head.weight, labels_BT, grad_scale=grad_scale, options=self.loss_options
+            h_BTD,
+            self.lm_head.weight,
+            labels_BT,
+            num_loss_tokens,
+            grad_scale=grad_scale,
+            options=self.loss_options,
         )
         return self._with_balance(sums, routings, labels_BT, segments) if routings else sums
 

@@ -144,18 +144,24 @@ def linear_cross_entropy(
     h_BTD: Tensor,
     weight_VD: Tensor,
     labels_BT: Tensor,
+    num_tokens: int | None = None,
     *,
     grad_scale: float = 1.0,
     options: LossOptions = PLAIN,
 ) -> LossSums:
     """Loss of the next-token logits h W^T against labels; label -100 is not supervised and costs nothing.
 
-    Only supervised rows reach the product with the vocabulary. A batch without any supervised token gives a sum
-    of 0 that is still attached to the graph. `grad_scale` changes no result: gradients are held multiplied by it until
-    the backward pass, for a dtype whose range is short (fp16).
+    Only supervised rows reach the product with the vocabulary. `num_tokens`, the number of supervised labels, is known
+    where the batch was made: given, no device has to be asked for it. A batch without any supervised token gives a
+    sum of 0 that is still attached to the graph. `grad_scale` changes no result: gradients are held multiplied by it
+    until the backward pass, for a dtype whose range is short (fp16).
     """
     flat_labels_N = labels_BT.flatten()
-    rows_N = (flat_labels_N != IGNORE_INDEX).nonzero().squeeze(1)
+    is_supervised_N = flat_labels_N != IGNORE_INDEX
+    if num_tokens is None:
+        rows_N = is_supervised_N.nonzero().squeeze(1)
+    else:
+        rows_N = is_supervised_N.nonzero_static(size=num_tokens).squeeze(1)
     h_ND = h_BTD.flatten(0, 1).index_select(0, rows_N)
     loss_sum, *terms = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         h_ND, weight_VD, flat_labels_N.index_select(0, rows_N), grad_scale, options

@@ -28,9 +28,9 @@ from groundup.train.scaler import LossScaler
 SOURCE_NLL = "nll by source"
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepSums:
-    """Sums over all micro-batches of a step; the loss stays on its device until it is read."""
+    """Sums over all micro-batches of a step; the loss stays on its device until it is read, once."""
 
     nll_sum: Tensor
     num_loss_tokens: int
@@ -46,21 +46,37 @@ class StepSums:
     """`nll_sum` by source; None where all rows are of one."""
     source_tokens: Mapping[str, int] = field(default_factory=dict)
     """Supervised tokens by source, in the same order."""
+    _values: list[float] | None = field(default=None, repr=False)
 
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood of the supervised tokens, in nats."""
-        return float(self.nll_sum) / self.num_loss_tokens if self.num_loss_tokens else float("nan")
+        return self._read()[0] / self.num_loss_tokens if self.num_loss_tokens else float("nan")
 
     def figures(self) -> dict[str, Any]:
         """For the metrics: each other term per supervised token, the loss by source, each expert's tokens by layer."""
-        values: dict[str, Any] = {name: float(value) / self.num_loss_tokens for name, value in self.extras.items()}
+        numbers = iter(self._read()[1:])
+        values: dict[str, Any] = {name: next(numbers) / self.num_loss_tokens for name in self.extras}
         if self.source_nll_S is not None:
-            sums = zip(self.source_tokens.items(), self.source_nll_S.tolist(), strict=True)
-            values["source_loss"] = {name: nll / count for (name, count), nll in sums if count}
+            sums = {name: (next(numbers), count) for name, count in self.source_tokens.items()}
+            values["source_loss"] = {name: nll / count for name, (nll, count) in sums.items() if count}
         if self.expert_load_LE is not None:
-            values[EXPERT_LOAD] = [[int(count) for count in layer] for layer in self.expert_load_LE.tolist()]
+            values[EXPERT_LOAD] = [[int(next(numbers)) for _ in layer] for layer in self.expert_load_LE]
         return values
+
+    def read_with(self, *others: Tensor) -> list[float]:
+        """The values of other scalars, and in the same reading all that is summed here."""
+        parts = [tensor for tensor in (self.source_nll_S, self.expert_load_LE) if tensor is not None]
+        tensors = (*others, self.nll_sum, *self.extras.values(), *parts)
+        values: list[float] = torch.cat([tensor.flatten() for tensor in tensors]).tolist()
+        self._values = values[len(others) :]
+        return values[: len(others)]
+
+    def _read(self) -> list[float]:
+        if self._values is None:
+            self.read_with()
+        assert self._values is not None
+        return self._values
 
 
 class StepAbandoned(Exception):
@@ -80,7 +96,7 @@ class Engine(Protocol):
         ...
 
     def gradient_norm(self) -> float:
-        """Global 2-norm of the gradients: the one device synchronisation of a step."""
+        """Global 2-norm of the gradients. Reads the loss with it: the one device synchronisation of a step."""
         ...
 
     def has_overflow(self, sums: StepSums) -> bool:
@@ -152,6 +168,7 @@ class TorchEngine:
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
         self.average = None if config.ema_decay is None else WeightAverage(self.masters, config.ema_decay)
         self._norm, self._grad_scale = 0.0, 1.0
+        self._sums = StepSums(torch.zeros(()), 0)
 
     def forward_backward(
         self,
@@ -207,7 +224,7 @@ class TorchEngine:
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(list(totals.values()))
         self._load_LE = totals.get(EXPERT_LOAD)
-        return StepSums(
+        self._sums = StepSums(
             totals.pop(NLL),
             batch.num_loss_tokens,
             busy_seconds,
@@ -217,6 +234,7 @@ class TorchEngine:
             source_tokens=batch.source_tokens(),
             extras=totals,
         )
+        return self._sums
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
@@ -273,7 +291,9 @@ class TorchEngine:
     def _forward(self, part: RowBatch) -> LossSums:
         reach("engine.forward")
         part = part.to(self.device)
-        sums: LossSums = self.model(part.tokens_BT, part.segments, part.labels_BT, grad_scale=self._grad_scale)
+        sums: LossSums = self.model(
+            part.tokens_BT, part.segments, part.labels_BT, part.num_loss_tokens, grad_scale=self._grad_scale
+        )
         return sums
 
     def _add_gradient(self, name: str, gradient: Tensor) -> None:
@@ -289,7 +309,9 @@ class TorchEngine:
             gradients[0].view(-1)[0] = float("nan")
         if self.scaler is not None and gradients:
             torch._foreach_mul_(gradients, 1 / self.scaler.scale)
-        self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        self._norm = 0.0
+        if gradients:
+            (self._norm,) = self._sums.read_with(torch.nn.utils.get_total_norm(gradients))
         if self.world.any(not math.isfinite(self._norm)):  # what one rank sees, all decide on
             self._norm = math.nan
         return self._norm
