@@ -131,7 +131,6 @@ def test_a_missing_expert_is_named(tmp_path, make_model, tokenizer):
 @pytest.mark.parametrize(
     ("model_type", "changes", "what"),
     [
-        ("mixtral", {"sliding_window": 4096}, "sliding attention"),
         ("dots1", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding attention"),
         ("dots1", {"n_group": 2}, "groups of experts"),
     ],

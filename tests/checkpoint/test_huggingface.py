@@ -20,10 +20,19 @@ from groundup.tokenizer.bpe import TextTokenizer
 TEXT = "The quick brown fox, 三百 and 1234 don't mind.\n"
 SHAPES = [
     {"model_type": model_type, "tie_word_embeddings": tied, **heads}
-    for model_type in ("qwen3", "qwen2", "llama")
+    for model_type in ("qwen3", "qwen2", "llama", "mistral")
     for tied in (True, False)
     for heads in ({}, {"head_dim": 12})
     if not (model_type == "qwen2" and heads)
+]
+SHAPES += [
+    {"model_type": model_type, "tie_word_embeddings": True, "sliding_window": 5, **windows}
+    for model_type, windows in (
+        ("mistral", {}),
+        ("qwen3", {}),
+        ("qwen3", {"max_window_layers": 1}),
+        ("qwen2", {"layer_types": ("sliding_attention", "full_attention")}),
+    )
 ]
 
 
@@ -61,8 +70,29 @@ def test_transformers_loads_our_directory(tmp_path, make_model, tokenizer_folder
 
 @pytest.mark.parity
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
-def test_we_load_a_directory_of_transformers(tmp_path, model_type, tied):
+@pytest.mark.parametrize(
+    ("model_type", "windows", "expected_windows"),
+    [
+        ("qwen3", {}, [None, None]),
+        ("qwen2", {"sliding_window": 6}, [None, None]),
+        ("llama", {}, [None, None]),
+        ("mistral", {}, [4096, 4096]),
+        ("mistral", {"sliding_window": None}, [None, None]),
+        ("mistral", {"sliding_window": 6}, [6, 6]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6}, [None, None]),  # from layer 28 on
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, [None, 6]),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 6,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            [6, None],
+        ),
+    ],
+)
+def test_we_load_a_directory_of_transformers(tmp_path, model_type, windows, expected_windows, tied):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -76,6 +106,7 @@ def test_we_load_a_directory_of_transformers(tmp_path, model_type, tied):
         tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 123_456.0},
         rms_norm_eps=1e-5,
+        **windows,
     )
     theirs = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -84,6 +115,7 @@ def test_we_load_a_directory_of_transformers(tmp_path, model_type, tied):
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1, "several shards"
     ours = load_model(tmp_path)
+    assert [ours.config.window_of(layer) for layer in range(2)] == expected_windows
     assert ours.config.rope_theta == 123_456.0 and ours.config.tie_word_embeddings == tied
     tokens_BT = torch.randint(0, 99, (2, 17))
     with torch.no_grad():
@@ -189,7 +221,7 @@ def test_a_wrong_shape_and_a_wrong_number_are_named(make_model):
         ({"model_type": "gpt2"}, "E-MODEL-TYPE"),
         ({"model_type": None}, "E-MODEL-TYPE"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope scaling"),
-        ({"use_sliding_window": True}, "a sliding window"),
+        ({"use_sliding_window": True, "layer_types": ["chunked_attention"] * 2}, "layer_types .'chunked_attention'."),
         ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
@@ -200,6 +232,27 @@ def test_what_we_do_not_compute_is_refused(folder, changes, what):
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
     with pytest.raises(ConfigError, match=what):
         read_model_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words", "windows"),
+    [
+        ("mistral", {}, [4096, 4096]),
+        ("mistral", {"sliding_window": None}, [None, None]),
+        ("qwen3", {}, [None, None]),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, [4096, 4096]),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [None, None]),
+        ("llama", {"sliding_window": 7}, [None, None]),
+    ],
+)
+def test_absent_words_mean_what_they_mean_to_transformers(folder, model_type, words, windows):
+    path = folder / "config.json"
+    values = json.loads(path.read_bytes()) | {"model_type": model_type}
+    for word in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
+        values.pop(word, None)
+    path.write_text(json.dumps(values | words))
+    config = read_model_config(folder)
+    assert [config.window_of(layer) for layer in range(2)] == windows
 
 
 def test_a_config_that_is_not_json_is_named(folder):

@@ -8,9 +8,19 @@ from groundup.model.cache import KVCache
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
-def test_cached_logits_equal_uncached_for_rows_of_different_lengths(make_model, model_type):
-    model = make_model(model_type=model_type)
+SHAPES = [
+    {"model_type": "qwen3"},
+    {"model_type": "qwen2"},
+    {"model_type": "llama"},
+    {"model_type": "mistral", "sliding_window": 4},
+    {"model_type": "mistral", "sliding_window": 1},
+    {"model_type": "qwen3", "sliding_window": 3, "max_window_layers": 1},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: " ".join(map(str, shape.values())))
+def test_cached_logits_equal_uncached_for_rows_of_different_lengths(make_model, shape):
+    model = make_model(**shape)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 400, (length,), generator=generator).tolist() for length in (5, 1, 12, 3)]
     cache = KVCache(4, model.config, 24)
@@ -27,8 +37,9 @@ def test_cached_logits_equal_uncached_for_rows_of_different_lengths(make_model, 
         tokens_BT, num_new_B = new_B[:, None], torch.ones(4, dtype=torch.int64)
 
 
-def test_a_prompt_may_come_in_pieces(make_model):
-    model = make_model()
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_prompt_may_come_in_pieces(make_model, window):
+    model = make_model(sliding_window=window)
     ids = torch.randint(0, 400, (1, 20), generator=torch.Generator().manual_seed(0))
     cache = KVCache(1, model.config, 20)
     for begin, end in [(0, 7), (7, 8), (8, 20)]:

@@ -25,7 +25,7 @@ def initialized(seed, **changes):
     return model
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "mistral"])
 def test_first_weights_depend_on_the_seed_alone(model_type):
     torch.manual_seed(1)
     one = initialized(5, model_type=model_type).state_dict()
@@ -35,7 +35,7 @@ def test_first_weights_depend_on_the_seed_alone(model_type):
     assert not torch.equal(one["model.layers.1.mlp.up_proj.weight"], third["model.layers.1.mlp.up_proj.weight"])
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "mistral"])
 def test_first_weights_have_their_scales(model_type):
     model = initialized(0, model_type=model_type, initializer_range=0.05, tie_word_embeddings=False)
     for name, parameter in model.named_parameters():
@@ -76,6 +76,13 @@ def test_number_of_parameters_by_hand():
         ({"rope_theta": float("inf")}, "finite"),
         ({"model_type": "gpt2"}, "qwen3"),
         ({"n_embd": 5}, "[Ee]xtra"),
+        ({"model_type": "mistral", "attention_bias": True}, "has no attention_bias"),
+        ({"sliding_window": 0}, "greater than 0"),
+        ({"sliding_window": 4, "model_type": "llama"}, "model_type mistral is llama with one"),
+        ({"max_window_layers": 1}, "need a sliding_window"),
+        ({"sliding_window": 4, "max_window_layers": 1, "model_type": "mistral"}, "window in every layer"),
+        ({"sliding_window": 4, "layer_types": ("full_attention",)}, "1 layer_types for"),
+        ({"sliding_window": 4, "max_window_layers": 1, "layer_types": ("full_attention",) * 3}, "give one of them"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):
@@ -92,3 +99,31 @@ def test_a_token_never_sees_a_later_one(make_model):
     changed[0, 10] = (changed[0, 10] + 1) % 400
     after = model.logits(changed)
     assert torch.equal(before[:, :10], after[:, :10]) and not torch.equal(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({}, [None] * 3),
+        ({"sliding_window": 4}, [4] * 3),
+        ({"sliding_window": 4, "max_window_layers": 2}, [None, None, 4]),
+        ({"sliding_window": 4, "max_window_layers": 9}, [None] * 3),
+        (
+            {"sliding_window": 4, "layer_types": ("sliding_attention", "full_attention", "sliding_attention")},
+            [4, None, 4],
+        ),
+    ],
+)
+def test_each_layer_has_its_window(changes, windows):
+    model = initialized(0, **changes)
+    assert [layer.self_attn.window for layer in model.model.layers] == windows
+
+
+def test_a_token_sees_no_further_back_than_its_windows_reach(make_model):
+    """Two layers of four tokens each: six tokens back is the furthest that one is felt."""
+    model = make_model(sliding_window=4)
+    tokens_BT = torch.randint(0, 400, (1, 16), generator=torch.Generator().manual_seed(0))
+    changed = tokens_BT.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 400
+    is_same_T = (model.logits(tokens_BT) == model.logits(changed))[0].all(-1)
+    assert is_same_T.tolist() == [not 5 <= t <= 11 for t in range(16)]

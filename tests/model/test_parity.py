@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from groundup.model.attention import Attention
@@ -30,6 +39,12 @@ THEIRS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+WINDOWS = {
+    "mistral": {"sliding_window": 6},
+    "qwen3": {"sliding_window": 6, "max_window_layers": 1},
+    "qwen2": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
 }
 SHAPES = {
     "one head a group": {"num_attention_heads": 4, "num_key_value_heads": 4},
@@ -48,7 +63,7 @@ def assert_close(ours, theirs, scope):
     assert distance(ours, theirs) <= TOLERANCE[scope, theirs.dtype]
 
 
-def both_models(model_type, shape, *, tied=True, dtype=torch.float32, seed=0):
+def both_models(model_type, shape, *, tied=True, dtype=torch.float32, seed=0, has_window=False):
     """Ours and theirs with the same random weights, norms and biases included."""
     torch.manual_seed(seed)
     values = {
@@ -62,7 +77,11 @@ def both_models(model_type, shape, *, tied=True, dtype=torch.float32, seed=0):
     } | shape
     config_class, model_class = THEIRS[model_type]
     head_dim = {"head_dim": shape.get("head_dim", values["hidden_size"] // values["num_attention_heads"])}
+    values |= WINDOWS[model_type] if has_window else {}
+    own = {"use_sliding_window": has_window} if model_type.startswith("qwen") else {}
+    own |= {"sliding_window": None} if model_type == "mistral" and not has_window else {}
     config = config_class(
+        **own,
         **(values | ({} if model_type == "qwen2" else head_dim)),
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         attn_implementation="eager",
@@ -183,9 +202,24 @@ def test_bf16_is_as_near_to_fp32_as_theirs(model_type, shape):
         assert distance(ours.logits(tokens_BT), exact_BTV) <= 1.1 * distance(theirs(tokens_BT).logits, exact_BTV)
 
 
-@pytest.mark.parametrize("model_type", list(THEIRS))
-def test_loss_and_gradients_match(model_type):
-    ours, theirs = both_models(model_type, SHAPES["grouped"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", list(WINDOWS))
+def test_logits_match_with_a_window(model_type, dtype):
+    tokens_BT = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(2))
+    models = [both_models(model_type, SHAPES["grouped"], dtype=dtype, has_window=window) for window in (True, False)]
+    with torch.no_grad():
+        (found, expected), (without, _) = (
+            [model(tokens_BT) for model in (ours.logits, lambda t, m=theirs: m(t).logits)] for ours, theirs in models
+        )
+    assert_close(found, expected, "whole")
+    assert distance(without[:, 6:], expected[:, 6:]) > 0.1, "the window changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "has_window"), [*((name, False) for name in THEIRS), *((name, True) for name in WINDOWS)]
+)
+def test_loss_and_gradients_match(model_type, has_window):
+    ours, theirs = both_models(model_type, SHAPES["grouped"], has_window=has_window)
     tokens_BT = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(3))
     theirs(tokens_BT, labels=tokens_BT).loss.backward()
     labels_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1), value=-100)

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+from flash_stand_in import varlen_attn
 
-from groundup.model import attention
-from groundup.model.attention import MAKERS
+from groundup.model import makers
 from groundup.model.loss import IGNORE_INDEX
+from groundup.model.makers import MAKERS
 from groundup.model.segments import Segments
 
 LENGTHS = [9, 1, 14, 6]
+TRAINING_MAKERS = [maker for maker in MAKERS if maker != "flex"]
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch):
+    monkeypatch.setattr(makers, "varlen_attn", varlen_attn)
 
 
 def pack(seed):
@@ -38,11 +45,11 @@ def logits_and_input_gradients(model, tokens_BT, segments, labels_BT):
     return logits_BTV, embeddings[-1].grad
 
 
-@pytest.mark.parametrize("maker", list(MAKERS))
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
-def test_a_token_of_one_document_changes_nothing_in_another(monkeypatch, make_model, model_type, maker):
-    monkeypatch.setattr(attention, "CHUNK", 8)
-    model = make_model(model_type=model_type)
+@pytest.mark.parametrize("maker", TRAINING_MAKERS)
+@pytest.mark.parametrize(("model_type", "window"), [("qwen3", None), ("qwen2", None), ("llama", None), ("mistral", 4)])
+def test_a_token_of_one_document_changes_nothing_in_another(monkeypatch, make_model, model_type, window, maker):
+    monkeypatch.setattr(makers, "CHUNK", 8)
+    model = make_model(model_type=model_type, sliding_window=window)
     model.use_attention(maker)
     tokens_BT, labels_BT, segments, places = pack(seed=0)
     logits, gradients = logits_and_input_gradients(model, tokens_BT, segments, labels_BT)
@@ -58,7 +65,7 @@ def test_a_token_of_one_document_changes_nothing_in_another(monkeypatch, make_mo
         assert not torch.equal(logits_now[:, places[changed]], logits[:, places[changed]])
 
 
-@pytest.mark.parametrize("maker", list(MAKERS))
+@pytest.mark.parametrize("maker", TRAINING_MAKERS)
 def test_the_loss_of_one_document_has_no_gradient_in_another(make_model, maker):
     model = make_model()
     model.use_attention(maker)
@@ -73,7 +80,7 @@ def test_the_loss_of_one_document_has_no_gradient_in_another(make_model, maker):
         assert (gradients[0, inside] != 0).any()
 
 
-@pytest.mark.parametrize("maker", list(MAKERS))
+@pytest.mark.parametrize("maker", TRAINING_MAKERS)
 def test_packed_equals_separate(make_model, maker):
     model = make_model()
     model.use_attention(maker)
@@ -110,6 +117,31 @@ def test_segments_by_hand():
         [0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
+    assert segments.mask_BTT(window=1)[0].int().tolist() == torch.eye(6, dtype=torch.int32).tolist()
+    assert segments.first_seen_BT(2).tolist() == [[0, 0, 2, 2, 4, 5]]
+    longer = Segments.from_borders(torch.tensor([[False, False, False, True, False, False]]))
+    assert longer.first_seen_BT(2).tolist() == [[0, 0, 1, 3, 3, 4]]
     bias = segments.bias_B1TT(torch.bfloat16)
     assert bias.dtype == torch.bfloat16 and bias.shape == (1, 1, 6, 6)
     assert torch.equal(bias[0, 0] == 0, segments.mask_BTT()[0]) and bias.min() == float("-inf")
+
+
+def test_borders_have_one_length_whatever_the_walls():
+    one = Segments.from_borders(torch.tensor([[False, True, False], [False, False, False]]))
+    assert one.cu_seqlens().tolist() == [0, 1, 3, 6, 6, 6, 6] and one.cu_seqlens().dtype == torch.int32
+    assert Segments.from_borders(torch.ones(2, 3, dtype=torch.bool)).cu_seqlens().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert Segments.whole_rows(2, 3).cu_seqlens().tolist() == [0, 3, 6]
+
+
+@pytest.mark.parametrize(("num_documents", "room"), [(1, 8), (8, 8), (9, 32), (33, 128), (500, 512)])
+def test_room_for_documents_is_counted_on_the_host(num_documents, room):
+    """Rows that leave the host: few sizes, never too small."""
+    is_start_BT = torch.zeros(4, 128, dtype=torch.bool)
+    is_start_BT[:, 0] = True
+    is_start_BT.flatten()[1 : 1 + num_documents - 4] = num_documents > 4
+    is_start_BT[:, 0] = True
+    segments = Segments.from_borders(is_start_BT)
+    moved = segments.moved(lambda starts_BT: starts_BT.to("meta"))
+    assert moved.max_documents == room and segments.moved(torch.clone).max_documents is None
+    begins = Segments(segments.starts_BT, room).cu_seqlens().tolist()
+    assert len(begins) == room + 1 and sorted(set(begins)) == sorted(set(segments.cu_seqlens().tolist()))

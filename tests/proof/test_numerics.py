@@ -6,16 +6,18 @@ import math
 import pytest
 import torch
 import yaml
+from flash_stand_in import varlen_attn
+from flex_stand_in import flex_attention
 
 from groundup.base.errors import CheckpointError
 from groundup.checkpoint import huggingface
 from groundup.checkpoint.attempt import Checkpoint
 from groundup.cli import main
-from groundup.model import attention
-from groundup.model.attention import MAKERS
+from groundup.model import attention, makers
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.loss import IGNORE_INDEX
+from groundup.model.makers import CUDA_MAKERS, MAKERS
 from groundup.model.segments import Segments
 from groundup.proof.numerics import kernels, table
 from groundup.proof.numerics.figures import Figure, distance
@@ -78,19 +80,51 @@ def no_walls(monkeypatch):
     monkeypatch.setattr(
         Segments,
         "mask_BTT",
-        lambda self: torch.ones_like(self.starts_BT[..., None] + self.starts_BT[:, None], dtype=torch.bool).tril(),
+        lambda self, window=None: torch.ones_like(
+            self.starts_BT[..., None] + self.starts_BT[:, None], dtype=torch.bool
+        ).tril(),
     )
 
 
 def walls_one_token_late(monkeypatch):
     honest = Segments.mask_BTT
-    monkeypatch.setattr(Segments, "mask_BTT", lambda self: honest(Segments((self.starts_BT - 1).clamp(min=0))))
+    monkeypatch.setattr(
+        Segments, "mask_BTT", lambda self, window: honest(Segments((self.starts_BT - 1).clamp(min=0)), window)
+    )
 
 
 def scale_of(maker):
     def plant(monkeypatch):
         honest = MAKERS[maker]
-        monkeypatch.setitem(attention.MAKERS, maker, lambda q_BHTK, *rest: honest(1.001 * q_BHTK, *rest))
+        monkeypatch.setitem(MAKERS, maker, lambda q_BHTK, *rest: honest(1.001 * q_BHTK, *rest))
+
+    return plant
+
+
+def chunk_begins_late(monkeypatch):
+    honest = MAKERS["chunked"]
+
+    def from_its_first_query(q_BHTK, k_BGSK, v_BGSK, bias_B1TS, window):
+        return honest(q_BHTK, k_BGSK, v_BGSK, bias_B1TS, window and 1)
+
+    monkeypatch.setitem(MAKERS, "chunked", from_its_first_query)
+
+
+def on_a_pretended_gpu(maker):
+    """A kernel that only CUDA has, by its stand-in, with a window that is one token too long."""
+
+    def plant(monkeypatch):
+        monkeypatch.setattr(kernels, "CUDA_MAKERS", ())
+        monkeypatch.setattr(makers, "varlen_attn", varlen_attn)
+        monkeypatch.setattr(makers, "flex_attention", flex_attention)
+        honest = MAKERS[maker]
+        if maker == "varlen":
+            monkeypatch.setitem(MAKERS, maker, lambda *inputs: honest(*inputs[:-1], inputs[-1] and inputs[-1] + 1))
+        else:
+            block_mask = makers.block_mask
+            monkeypatch.setattr(
+                makers, "block_mask", lambda segments, window: block_mask(segments, window and window + 1)
+            )
 
     return plant
 
@@ -98,7 +132,7 @@ def scale_of(maker):
 def scale_in_bf16(monkeypatch):
     honest = MAKERS["sdpa"]
     monkeypatch.setitem(
-        attention.MAKERS,
+        MAKERS,
         "sdpa",
         lambda q_BHTK, *rest: honest((1.2 if q_BHTK.dtype == torch.bfloat16 else 1.0) * q_BHTK, *rest),
     )
@@ -179,7 +213,9 @@ FAULTS = [
     ("two lanes = two lanes again", sums_in_the_order_of_arrival),
     ("packed = unpacked", no_walls),
     ("documents do not see each other", walls_one_token_late),
-    *((f"attention {maker} = dense", scale_of(maker)) for maker in MAKERS if maker != "dense"),
+    *((f"attention {maker} = dense", scale_of(maker)) for maker in ("sdpa", "chunked")),
+    ("attention chunked = dense", chunk_begins_late),
+    *((f"attention {maker} = dense", on_a_pretended_gpu(maker)) for maker in CUDA_MAKERS),
     ("compiled = eager", compiler_that_rounds),
     ("chunked loss = full", chunk_without_its_last_row),
     ("bf16 near fp32", scale_in_bf16),
@@ -210,12 +246,23 @@ def test_every_proof_has_its_fault():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
-def test_sound_code_passes(prove, tmp_path, model_type):
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"model_type": "qwen3"},
+        {"model_type": "qwen2"},
+        {"model_type": "llama"},
+        {"model_type": "mistral", "sliding_window": 6},
+        {"model_type": "qwen3", "sliding_window": 6, "max_window_layers": 1},
+    ],
+    ids=lambda shape: " ".join(map(str, shape.values())),
+)
+def test_sound_code_passes(prove, tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(kernels, "CUDA_MAKERS", ())
+    monkeypatch.setattr(makers, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(makers, "flex_attention", flex_attention)
     proved = [claim for claim in PROOFS if claim != "compiled = eager"]
-    code, said = prove(
-        *proved, model=SHAPE | {"model_type": model_type}, options=["--json", str(tmp_path / "out.json")]
-    )
+    code, said = prove(*proved, model=SHAPE | shape, options=["--json", str(tmp_path / "out.json")])
     assert code == 0 and f"{len(proved)} PASS" in said, said
     results = json.loads((tmp_path / "out.json").read_text())
     assert [result["claim"] for result in results] == proved
@@ -233,6 +280,26 @@ def test_compiled_blocks_pass(prove, model_type):
 def test_the_whole_table_passes_on_the_quickstart_s_recipe(capsys):
     main(["doctor", "numerics"])
     assert " FAIL" not in capsys.readouterr().out
+
+
+def test_a_cpu_skips_the_makers_of_cuda(prove):
+    claims = [f"attention {maker} = dense" for maker in CUDA_MAKERS]
+    code, said = prove(*claims)
+    assert code == 0 and said.count("SKIP (a CPU cannot train with it)") == 2 and "2 SKIP" in said
+
+
+def test_windows_are_kept_in_a_model_made_small(tmp_path):
+    large = SHAPE | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 30,
+        "sliding_window": 4096,
+        "max_window_layers": 20,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": large}))
+    small = subject_of(load_recipe(str(tmp_path / "r.yaml")))[0].config
+    windows = [small.window_of(layer) for layer in range(small.num_hidden_layers)]
+    assert len(windows) < 30 and windows[0] is None and windows[-1] == 8
 
 
 def test_a_machine_without_a_compiler_skips(prove, monkeypatch):

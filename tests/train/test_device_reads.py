@@ -42,9 +42,7 @@ def reads_of_a_step(model, make_guard, *, dtype=torch.float32, **changes):
     """What the third step of a run reads, from the batch to the updated weights and the loss that is written down."""
     engine = TorchEngine(model, OptimConfig(**changes), dtype=dtype, device="cpu", micro_batch_rows=2)
     batches = [batch_of(seed) for seed in range(3)]
-    steps = training_steps(
-        engine, batches, lambda step: 1.0, make_guard(), seed_of=lambda step, row: row, start_step=0
-    )
+    steps = training_steps(engine, batches, lambda step: 1.0, make_guard(), seed_of=lambda step, row: row, start_step=0)
     next(steps)
     next(steps)
     with DeviceReads() as names, on_the_host(RowBatch, "slice", names):

@@ -18,7 +18,14 @@ from groundup.base.pickles import refuse_pickle
 from groundup.checkpoint.experts import stacked, unstacked
 from groundup.checkpoint.weight_files import weight_files
 from groundup.model.causal_lm import CausalLM
-from groundup.model.config import EXPERT_FIELDS, SPARSE_TYPES, ModelConfig, fields_about_experts
+from groundup.model.config import (
+    EXPERT_FIELDS,
+    SPARSE_TYPES,
+    WINDOWLESS,
+    WINDOWS_BY_LAYER,
+    ModelConfig,
+    fields_about_experts,
+)
 from groundup.model.rope_config import NEEDED, READ, RopeParameters
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -26,6 +33,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "dots1": "Dots1ForCausalLM",
@@ -37,6 +45,8 @@ EXPERT_COUNTS = {
 }
 """What config.json calls the number of experts."""
 ROUTER_BIAS = "e_score_correction_bias"
+KINDS = ("full_attention", "sliding_attention")
+WINDOW_FIELDS = ("sliding_window", "max_window_layers", "layer_types")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -71,7 +81,7 @@ def config_json(
         "mlp_bias": False,
         "hidden_act": "silu",
         "initializer_range": config.initializer_range,
-        "use_sliding_window": False,
+        **_windows(config),
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": eos_token_ids[0],
@@ -92,7 +102,45 @@ def _expert_fields(config: ModelConfig) -> dict[str, Any]:
         fields[name] = config.num_experts
     if config.model_type == "dots1":
         fields |= {"n_group": 1, "topk_group": 1, "max_window_layers": config.num_hidden_layers}
-    return {**fields, "sliding_window": None}
+    return fields
+
+
+def _windows(config: ModelConfig) -> dict[str, Any]:
+    """The words of config.json for the sliding window; absent ones would become the defaults of `transformers`."""
+    if config.model_type not in WINDOWS_BY_LAYER:
+        window: dict[str, Any] = {} if config.model_type == "llama" else {"sliding_window": config.sliding_window}
+        return {"use_sliding_window": config.sliding_window is not None} | window
+    if config.sliding_window is None:
+        return {"use_sliding_window": False}
+    windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": config.max_window_layers,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def _window_fields(model_type: str, values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The fields of a ModelConfig for what config.json says of a window; what it leaves out has the default of
+    `transformers`. Raises ConfigError for kinds of layers that are not computed here."""
+    is_by_layer = model_type in WINDOWS_BY_LAYER
+    window = values.get("sliding_window", None if model_type == "mixtral" else 4096)
+    is_used = values.get("use_sliding_window", model_type in ("mistral", "mixtral"))
+    if model_type in WINDOWLESS or window is None or not is_used:
+        return {}
+    if not is_by_layer:
+        return {"sliding_window": window}
+    layers, first = values["num_hidden_layers"], values.get("max_window_layers", 28)
+    types = values.get("layer_types") or [KINDS[layer >= first] for layer in range(layers)]
+    if not set(types) <= set(KINDS):
+        raise _refused(f"layer_types {sorted(set(types) - set(KINDS))}", where)
+    if KINDS[True] not in types:
+        return {}
+    first = types.index(KINDS[True])
+    if types == [KINDS[layer >= first] for layer in range(layers)]:
+        return {"sliding_window": window, "max_window_layers": first}
+    return {"sliding_window": window, "layer_types": tuple(types)}
 
 
 def save_model(
@@ -159,26 +207,19 @@ def read_model_config(folder: Path) -> ModelConfig:
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     refused = {
-        "a sliding window": bool(values.get("use_sliding_window")),
         "attention_bias": bool(values.get("attention_bias")) and model_type == "qwen2",
         "rotary positions on a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "mlp_bias": bool(values.get("mlp_bias")),
-        "sliding attention": (model_type == "mixtral" and bool(values.get("sliding_window")))
-        or "sliding_attention" in (values.get("layer_types") or ()),
+        "sliding attention": model_type == "dots1" and KINDS[True] in (values.get("layer_types") or ()),
         "groups of experts": values.get("n_group") not in (None, 1),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
     }
     for what, is_asked in refused.items():
         if is_asked:
-            raise ConfigError(
-                "E-MODEL-FEATURE",
-                what=f"the model uses {what}, which is not computed here",
-                where=path,
-                next="choose a model without it",
-            )
-    fields = {
-        name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None and name != "model_type"
-    }
+            raise _refused(what, path)
+    by_name = ModelConfig.model_fields.keys() - {"model_type", *WINDOW_FIELDS}
+    fields = {name: values[name] for name in by_name if values.get(name) is not None}
+    fields |= _window_fields(model_type, values, path)
     fields["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
     fields["rope_parameters"] = _rope_parameters(rope or scaling, path)
     fields.setdefault("num_key_value_heads", values.get("num_attention_heads"))
@@ -227,6 +268,15 @@ def _read_expert_fields(model_type: str, values: dict[str, Any], fields: dict[st
     if "norm_topk_prob" in known:
         fields.setdefault("norm_topk_prob", False)
     return fields
+
+
+def _refused(what: str, where: Path) -> ConfigError:
+    return ConfigError(
+        "E-MODEL-FEATURE",
+        what=f"the model uses {what}, which is not computed here",
+        where=where,
+        next="choose a model without it",
+    )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

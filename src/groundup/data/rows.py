@@ -68,7 +68,7 @@ class RowBatch:
             self,
             tokens_BT=move(self.tokens_BT),
             labels_BT=move(self.labels_BT),
-            segments=Segments(move(self.segments.starts_BT)),
+            segments=self.segments.moved(move),
             sources=self.sources and replace(self.sources, numbers_B=move(self.sources.numbers_B)),
         )
 

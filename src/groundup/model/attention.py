@@ -1,61 +1,21 @@
-"""Causal attention with grouped queries, and the makers that compute it inside the walls of a row."""
+"""Causal attention with grouped queries, computed by the maker it is told to use."""
 
-from collections.abc import Callable
-from typing import Literal
-
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from groundup.model.cache import LayerCache
 from groundup.model.config import ModelConfig
+from groundup.model.makers import MAKERS, AttentionMaker, Walls, sdpa
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import rotate
-
-AttentionMaker = Literal["sdpa", "chunked", "dense"]
-CHUNK = 256
-
-
-def sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_B1TS: Tensor) -> Tensor:
-    """torch's scaled dot product with an additive bias."""
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=bias_B1TS, enable_gqa=True)
-
-
-def dense(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_B1TS: Tensor) -> Tensor:
-    """The definition, with all scores at once: what the other makers are compared with."""
-    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-    k_BHSK, v_BHSK = k_BGSK.repeat_interleave(groups, dim=1), v_BGSK.repeat_interleave(groups, dim=1)
-    scores_BHTS = (q_BHTK @ k_BHSK.transpose(-1, -2)).float() * q_BHTK.shape[-1] ** -0.5 + bias_B1TS.float()
-    return scores_BHTS.softmax(-1).to(v_BHSK.dtype) @ v_BHSK
-
-
-def chunked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_B1TS: Tensor) -> Tensor:
-    """The definition in chunks of queries, each against the keys up to its end: half the arithmetic of `dense`.
-
-    In bf16 on a CPU this beats SDPA. Needs as many keys as queries (training, not decoding with a cache).
-    """
-    length = q_BHTK.shape[2]
-    parts = []
-    for begin in range(0, length, CHUNK):
-        end = min(begin + CHUNK, length)
-        parts.append(
-            dense(q_BHTK[:, :, begin:end], k_BGSK[:, :, :end], v_BGSK[:, :, :end], bias_B1TS[:, :, begin:end, :end])
-        )
-    return torch.cat(parts, dim=2)
-
-
-MAKERS: dict[AttentionMaker, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "sdpa": sdpa,
-    "chunked": chunked,
-    "dense": dense,
-}
 
 
 class Attention(nn.Module):
     """Self-attention of one block; q and k are normalised per head where the model type asks for it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
+        """Tokens that one sees at most, itself included; None: all before it."""
         self.head_dim = config.head_size
         self.maker: AttentionMaker = "sdpa"
         has_bias = config.model_type == "qwen2" or config.attention_bias
@@ -70,7 +30,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, bias_B1TS: Tensor, cache: LayerCache | None = None
+        self, x_BTD: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, walls: Walls, cache: LayerCache | None = None
     ) -> Tensor:
         # -1, not the number of heads: under tensor parallelism a rank holds only its share of the heads
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -81,8 +41,9 @@ class Attention(nn.Module):
         q_BHTK = rotate(q_BTHK, cos_BTK, sin_BTK).transpose(1, 2)
         k_BGTK = rotate(k_BTGK, cos_BTK, sin_BTK).transpose(1, 2)
         if cache is None:
-            out_BHTK = MAKERS[self.maker](q_BHTK, k_BGTK, v_BGTK, bias_B1TS)
+            out_BHTK = MAKERS[self.maker](q_BHTK, k_BGTK, v_BGTK, walls, self.window)
         else:
             k_BGSK, v_BGSK = cache.append(k_BGTK, v_BGTK)
-            out_BHTK = sdpa(q_BHTK, k_BGSK, v_BGSK, bias_B1TS)
+            assert isinstance(walls, Tensor), "what is read from a cache is hidden by a bias"
+            out_BHTK = sdpa(q_BHTK, k_BGSK, v_BGSK, walls)
         return self.o_proj(out_BHTK.transpose(1, 2).flatten(-2))

@@ -43,21 +43,27 @@ class KVCache:
         self.lengths_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.max_length = max_length
 
-    def advance(self, num_new_B: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    def advance(self, num_new_B: Tensor, num_columns: int) -> Tensor:
         """Make room for up to `num_columns` new tokens a row, of which the first `num_new_B` are real.
 
-        Returns the positions (B, T) of the new tokens and the bias (B, 1, T, S) that hides all but real keys up to
-        each query. Columns past a row's real ones are written behind them and hidden; the next call overwrites them.
+        Returns the positions (B, T) of the new tokens. Columns past a row's real ones are written behind them and
+        hidden; the next call overwrites them.
         """
         offsets_T = torch.arange(num_columns, device=self.lengths_B.device)
         positions_BT = self.lengths_B[:, None] + offsets_T
         visible = int(positions_BT.max()) + 1
         if visible > self.max_length:
             raise ValueError(f"{visible=} tokens do not fit into a cache of {self.max_length=}")
-        index_S = torch.arange(visible, device=self.lengths_B.device)
-        bias_B1TS = torch.zeros(positions_BT.shape[0], 1, num_columns, visible, device=self.lengths_B.device)
-        bias_B1TS.masked_fill_((index_S > positions_BT[:, :, None]).unsqueeze(1), float("-inf"))
         for layer in self.layers:
             layer.write_at_BT, layer.visible = positions_BT, visible
         self.lengths_B = self.lengths_B + num_new_B
-        return positions_BT, bias_B1TS
+        return positions_BT
+
+    def bias_B1TS(self, positions_BT: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
+        """The addend for scores that hides all but the real keys up to each query, and those before its window."""
+        index_S = torch.arange(self.layers[0].visible, device=positions_BT.device)
+        is_hidden_BTS = index_S > positions_BT[:, :, None]
+        if window is not None:
+            is_hidden_BTS |= index_S <= positions_BT[:, :, None] - window
+        bias_B1TS = torch.zeros(is_hidden_BTS.shape, dtype=dtype, device=positions_BT.device).unsqueeze(1)
+        return bias_B1TS.masked_fill_(is_hidden_BTS.unsqueeze(1), float("-inf"))

@@ -1,16 +1,17 @@
 """The whole model: embedding, blocks, final norm, and a head that gives losses (training) or logits (generation)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from groundup.model.attention import AttentionMaker
 from groundup.model.balance import LOAD_BALANCE, ROUTER_Z, counted_tokens, expert_load, load_balance, router_z
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
 from groundup.model.loss import EXPERT_LOAD, IGNORE_INDEX, NLL, PLAIN, LossOptions, LossSums, linear_cross_entropy
+from groundup.model.makers import AttentionMaker, Walls, walls_of
 from groundup.model.moe import Router, Routing, SparseMLP
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import model_rope_table
@@ -26,7 +27,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, is_sparse=config.is_sparse(layer)) for layer in range(config.num_hidden_layers)
+            Block(config, config.window_of(layer), is_sparse=config.is_sparse(layer))
+            for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -34,9 +36,9 @@ class Decoder(nn.Module):
         """Hidden states (B, T, D); where the layers with experts sent the tokens is appended to `routings`."""
         x_BTD = self.embed_tokens(tokens_BT)
         cos_BTK, sin_BTK = model_rope_table(segments.position_ids_BT, self.config, segments)
-        bias_B1TT = segments.bias_B1TT(x_BTD.dtype)
-        for layer in self.layers:
-            out = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TT)
+        walls = self._each(lambda maker, window: walls_of(maker, segments, window, x_BTD.dtype))
+        for layer, own_walls in zip(self.layers, walls, strict=True):
+            out = layer(x_BTD, cos_BTK, sin_BTK, own_walls)
             x_BTD = out[0] if isinstance(out, tuple) else out
             if isinstance(out, tuple) and routings is not None:
                 routings.append(out[1])
@@ -45,13 +47,22 @@ class Decoder(nn.Module):
     def forward_cached(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
         """As `forward` for tokens that follow those in the cache; `num_new_B` of them a row are real."""
         x_BTD = self.embed_tokens(tokens_BT)
-        positions_BT, bias_B1TS = cache.advance(num_new_B, tokens_BT.shape[1])
+        positions_BT = cache.advance(num_new_B, tokens_BT.shape[1])
         cos_BTK, sin_BTK = model_rope_table(positions_BT, self.config)
-        bias_B1TS = bias_B1TS.to(x_BTD.dtype)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        biases = self._each(lambda _, window: cache.bias_B1TS(positions_BT, x_BTD.dtype, window))
+        for layer, bias_B1TS, layer_cache in zip(self.layers, biases, cache.layers, strict=True):
             out = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TS, layer_cache)
             x_BTD = out[0] if isinstance(out, tuple) else out
         return self.norm(x_BTD)
+
+    def _each(self, make: Callable[[AttentionMaker, int | None], Walls]) -> list[Walls]:
+        """What each layer is given as its walls; layers with the same maker and window share them."""
+        makers: list[tuple[AttentionMaker, int | None]] = [
+            (layer.self_attn.maker, layer.self_attn.window)  # type: ignore[union-attr, misc]
+            for layer in self.layers
+        ]
+        made = {key: make(*key) for key in dict.fromkeys(makers)}
+        return [made[key] for key in makers]
 
 
 class CausalLM(nn.Module):
@@ -72,8 +83,8 @@ class CausalLM(nn.Module):
         tokens_BT: Tensor,
         segments: Segments,
         labels_BT: Tensor,
-        num_loss_tokens: int | None = None,
         *,
+        num_loss_tokens: int | None = None,
         grad_scale: float = 1.0,
     ) -> LossSums:
         """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing.

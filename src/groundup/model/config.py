@@ -7,17 +7,20 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from groundup.base.config import Config
 from groundup.model.rope_config import RopeParameters
 
-ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe", "mixtral", "dots1"]
+ModelType = Literal["qwen3", "qwen2", "llama", "mistral", "qwen3_moe", "mixtral", "dots1"]
 SPARSE_TYPES = ("qwen3_moe", "mixtral", "dots1")
+WINDOWS_BY_LAYER = ("qwen3", "qwen2")
+"""Model types whose layers may differ in their window."""
+WINDOWLESS = ("llama", "dots1")
 
 
 class ModelConfig(Config):
     """Shape of a decoder-only transformer of the Llama family."""
 
     model_type: ModelType = "qwen3"
-    """qwen3 normalises queries and keys per head; qwen2 has biases on q, k and v; llama has neither. With experts:
-    qwen3_moe is qwen3, mixtral is llama; dots1 is qwen3 with experts as in DeepSeek-V3: sigmoid scores, a bias that
-    balances the load, experts that every token shares."""
+    """qwen3 normalises queries and keys per head; qwen2 has biases on q, k and v; llama and mistral have neither. With
+    experts: qwen3_moe is qwen3, mixtral is llama; dots1 is qwen3 with experts as in DeepSeek-V3: sigmoid scores, a bias
+    that balances the load, experts that every token shares."""
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -64,6 +67,38 @@ class ModelConfig(Config):
     """Weight of the squared log-sum-exp of the router's logits (ST-MoE, arXiv:2202.08906); 0 is without."""
     router_bias_update_rate: NonNegativeFloat = 0.001
     """dots1: step by which an expert's bias follows the load of a whole batch (arXiv:2408.15664); 0 leaves it."""
+
+    sliding_window: PositiveInt | None = None
+    """Tokens that a token sees at most, itself included (Beltagy et al., arXiv:2004.05150); None: its whole document."""
+    max_window_layers: NonNegativeInt = 0
+    """First layers that see the whole document all the same; qwen2 and qwen3."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    """Which layers have the window, one word each, instead of max_window_layers; qwen2 and qwen3."""
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        by_layer = self.max_window_layers > 0 or self.layer_types is not None
+        if self.sliding_window is None:
+            if by_layer:
+                raise ValueError("max_window_layers and layer_types need a sliding_window")
+            return self
+        if self.model_type in WINDOWLESS:
+            raise ValueError(f"{self.model_type} has no sliding_window; model_type mistral is llama with one")
+        if by_layer and self.model_type not in WINDOWS_BY_LAYER:
+            raise ValueError(
+                f"{self.model_type} has its window in every layer; leave out max_window_layers, layer_types"
+            )
+        if self.max_window_layers and self.layer_types is not None:
+            raise ValueError("max_window_layers and layer_types say the same: give one of them")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"{len(self.layer_types)} layer_types for {self.num_hidden_layers=}")
+        return self
+
+    @model_validator(mode="after")
+    def _biases_exist(self) -> Self:
+        if self.attention_bias and self.model_type in ("mistral", "mixtral"):
+            raise ValueError(f"{self.model_type} has no attention_bias; llama has one")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -133,6 +168,12 @@ class ModelConfig(Config):
         rope = self.rope_parameters
         growth = rope.factor if rope.rope_type == "dynamic" and rope.factor else 1.0
         return int(self.max_position_embeddings * growth)
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that one sees in a layer at most, itself included; None: all before it in its document."""
+        if self.layer_types is not None:
+            return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+        return self.sliding_window if layer >= self.max_window_layers else None
 
 
 EXPERT_FIELDS = {

@@ -292,7 +292,11 @@ class TorchEngine:
         reach("engine.forward")
         part = part.to(self.device)
         sums: LossSums = self.model(
-            part.tokens_BT, part.segments, part.labels_BT, part.num_loss_tokens, grad_scale=self._grad_scale
+            part.tokens_BT,
+            part.segments,
+            part.labels_BT,
+            num_loss_tokens=part.num_loss_tokens,
+            grad_scale=self._grad_scale,
         )
         return sums
 

@@ -12,8 +12,8 @@ from groundup.base import machine
 from groundup.base.duration import in_steps
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
-from groundup.model.attention import AttentionMaker
 from groundup.model.config import ModelConfig
+from groundup.model.makers import AttentionMaker
 from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.world import World
 from groundup.train.combinations import refuse_clash

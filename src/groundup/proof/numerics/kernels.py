@@ -1,28 +1,51 @@
 """Proofs about how a product is computed: attention makers, compiled blocks, loss in chunks, bf16."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from groundup.base.machine import has_compiler
-from groundup.model.attention import CHUNK, AttentionMaker
 from groundup.model.loss import CHUNK_ELEMENTS, linear_cross_entropy
-from groundup.proof.numerics.figures import Figure, Outcome, Skip, distance, outcome_of, step_outcome
+from groundup.model.makers import CHUNK, CUDA_MAKERS, AttentionMaker
+from groundup.proof.numerics.figures import Figure, Outcome, Skip, distance, outcome_of, step_outcome, worst
 from groundup.proof.numerics.subject import Subject
 
 FP32 = 1e-5
+WINDOW = 5
+"""Shorter than most documents of the rows, so that keys are left out."""
 BF16_ROUNDOFF = 2.0**-8
 ROUNDINGS_PER_BLOCK = 30
 """Results in bf16 that a value passes through in a block, there and back."""
 
 
 def attention_equals_dense(subject: Subject, maker: AttentionMaker) -> Figure:
-    """A maker gives the losses and gradients of the product with all scores, inside the walls of a row."""
+    """A maker gives the losses and gradients of the product with all scores, inside the walls of a row, in the layers'
+    own windows and in a short one.
+
+    A maker that has no fp32 is compared in bf16, all weights together.
+    """
+    if maker in CUDA_MAKERS and subject.device == "cpu":
+        raise Skip("a CPU cannot train with it")
     model, batch = subject.model(), subject.rows(2, CHUNK * 5 // 4)
-    results = []
-    for name in (maker, "dense"):
-        model.use_attention(name)
-        results.append(outcome_of(model, batch))
-    return Figure(results[0].distance_to(results[1]), FP32)
+    dtype = torch.bfloat16 if maker == "varlen" else torch.float32
+    model.to(dtype)
+    figures = []
+    for window in ("own", WINDOW):
+        if isinstance(window, int):
+            for layer in model.model.layers:
+                layer.self_attn.window = window  # type: ignore[union-attr]
+        results = []
+        for name in (maker, "dense"):
+            model.use_attention(name)
+            results.append(outcome_of(model, batch))
+        ours, reference = results
+        if dtype == torch.float32:
+            figures.append(ours.distance_to(reference))
+        else:
+            figures.append(distance([_together(ours.gradients)], [_together(reference.gradients)]))
+    return Figure(worst(*figures), FP32 if dtype == torch.float32 else _of_bf16(subject))
 
 
 def compiled_equals_eager(subject: Subject) -> Figure:
@@ -58,10 +81,15 @@ def bf16_is_near_fp32(subject: Subject) -> Figure:
     about sqrt(n) as much. One weight of few elements may lie further off.
     """
     gradients = [
-        torch.cat(
-            [gradient.flatten() for gradient in step_outcome(subject.engine(dtype=dtype), subject.rows()).gradients]
-        )
+        _together(step_outcome(subject.engine(dtype=dtype), subject.rows()).gradients)
         for dtype in (torch.bfloat16, torch.float32)
     ]
-    roundings = ROUNDINGS_PER_BLOCK * subject.config.num_hidden_layers
-    return Figure(distance(gradients[:1], gradients[1:]), BF16_ROUNDOFF * roundings**0.5)
+    return Figure(distance(gradients[:1], gradients[1:]), _of_bf16(subject))
+
+
+def _together(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _of_bf16(subject: Subject) -> float:
+    return BF16_ROUNDOFF * (ROUNDINGS_PER_BLOCK * subject.config.num_hidden_layers) ** 0.5

@@ -10,7 +10,7 @@ from groundup.base.errors import ConfigError
 from groundup.checkpoint.huggingface import read_model_config
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
-from groundup.model.config import ModelConfig
+from groundup.model.config import WINDOWS_BY_LAYER, ModelConfig
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
@@ -24,6 +24,7 @@ MAX_BLOCK_PARAMETERS = 4_000_000
 MIN_LAYERS = 2
 ROW_LENGTH = 64
 MEAN_DOCUMENT_LENGTH = 12
+MAX_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,20 @@ def _small(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
         for name in update
         if name != "head_dim" and getattr(config, name) != getattr(small, name)
     ]
-    return small, said
+    return _with_windows(small, config), said
+
+
+def _with_windows(small: ModelConfig, config: ModelConfig) -> ModelConfig:
+    """A window that cuts the rows of the proofs, in layers taken evenly from the whole."""
+    if config.sliding_window is None:
+        return small
+    update: dict[str, object] = {"sliding_window": min(config.sliding_window, MAX_WINDOW)}
+    if config.model_type in WINDOWS_BY_LAYER:
+        last, last_of_all = max(1, small.num_hidden_layers - 1), config.num_hidden_layers - 1
+        windows = [config.window_of(layer * last_of_all // last) for layer in range(small.num_hidden_layers)]
+        types = tuple("full_attention" if window is None else "sliding_attention" for window in windows)
+        update |= {"layer_types": types, "max_window_layers": 0}
+    return small.model_copy(update=update)
 
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

@@ -16,7 +16,7 @@ from groundup.base import machine
 from groundup.base.errors import NumericsError
 from groundup.base.files import write_json
 from groundup.base.log import Log
-from groundup.model.attention import MAKERS
+from groundup.model.makers import MAKERS
 from groundup.proof.numerics import batches, files, kernels
 from groundup.proof.numerics.figures import Figure, Skip
 from groundup.proof.numerics.subject import Subject, subject_of
