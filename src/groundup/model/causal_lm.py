@@ -26,6 +26,7 @@ class Decoder(nn.Module):
         assert config.vocab_size != "auto", "resolve the vocabulary before building the model"
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(0.0)
         self.layers = nn.ModuleList(
             Block(config, config.window_of(layer), is_sparse=config.is_sparse(layer))
             for layer in range(config.num_hidden_layers)
@@ -34,7 +35,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, segments: Segments, routings: list[Routing] | None = None) -> Tensor:
         """Hidden states (B, T, D); where the layers with experts sent the tokens is appended to `routings`."""
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = self.dropout(self.embed_tokens(tokens_BT))
         cos_BTK, sin_BTK = model_rope_table(segments.position_ids_BT, self.config, segments)
         walls = self._each(lambda maker, window: walls_of(maker, segments, window, x_BTD.dtype))
         for layer, own_walls in zip(self.layers, walls, strict=True):
@@ -186,6 +187,11 @@ class CausalLM(nn.Module):
         """Choose how every block computes attention."""
         for layer in self.model.layers:
             layer.self_attn.maker = maker  # type: ignore[union-attr]
+
+    def use_dropout(self, share: float) -> None:
+        """Set that share of the embeddings and of what each half of a block adds to 0 in training (Srivastava et al. 2014)."""
+        for module in (self.model, *self.model.layers):
+            module.dropout.p = share
 
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""

@@ -12,7 +12,18 @@ Combination = Mapping[str, str]
 """What was chosen, by the names of AXES."""
 ON, OFF = "on", "off"
 ONE, SEVERAL = "one", "several"
-AXES = ("device", "ranks", "model_type", "adapter", "precision", "optimizer", "attention", "compile", "dropout")
+AXES = (
+    "device",
+    "ranks",
+    "model_type",
+    "adapter",
+    "precision",
+    "optimizer",
+    "attention",
+    "compile",
+    "dropout",
+    "activation_checkpointing",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,16 @@ RULES = (
         "a CPU multiplies fp16 a hundred times slower than fp32",
         "use precision auto: bf16 on a CPU that is fast at it, else fp32",
     ),
+    Rule(
+        {"attention": "varlen|flex", "device": "cpu"},
+        "a CPU has no kernel for its backward pass",
+        "use attention auto: chunked or sdpa",
+    ),
+    Rule(
+        {"attention": "varlen", "precision": "fp32"},
+        "FlashAttention computes in bf16 and fp16 alone",
+        "use attention flex or sdpa, or precision bf16",
+    ),
 )
 
 
@@ -55,7 +76,8 @@ def combination_of(config: TrainConfig, shape: ModelConfig, *, device: str, num_
         "optimizer": config.optimizer,
         "attention": config.attention,
         "compile": "auto" if config.compile == "auto" else ON if config.compile else OFF,
-        "dropout": ON if adapter.adapter != "none" and adapter.lora_dropout > 0 else OFF,
+        "dropout": ON if config.dropout > 0 or (adapter.adapter != "none" and adapter.lora_dropout > 0) else OFF,
+        "activation_checkpointing": config.activation_checkpointing,
     }
 
 

@@ -27,8 +27,14 @@ class TrainConfig(OptimConfig):
     needs CUDA; its gradients are scaled, and a step whose gradients leave its range is passed over."""
     allow_tf32: bool | Literal["auto"] = "auto"
     """Products of fp32 matrices with 10 bits of mantissa, on CUDA only; auto allows them where the device has them."""
-    attention: Literal["auto", "sdpa", "chunked", "dense"] = "auto"
-    """How attention is computed; auto takes the chunked product for bf16 on a CPU, SDPA elsewhere."""
+    attention: Literal["auto", "sdpa", "chunked", "dense", "varlen", "flex"] = "auto"
+    """How attention is computed; auto takes the chunked product for bf16 on a CPU, varlen (FlashAttention over documents)
+    for bf16 and fp16 on CUDA, SDPA elsewhere. varlen and flex (FlexAttention) need CUDA."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """What the backward pass computes again instead of keeping it: every block, or all of a block but its products and
+    attention (selective). Costs time, saves memory, changes no bit in fp32."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the embeddings, and of what each half of a block adds, that is set to 0 in training."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile per block; auto compiles runs long enough to win back the compile time."""
     z_loss: PositiveFloat | None = None

@@ -80,6 +80,7 @@ def resolve(
     *,
     rows_per_epoch: int,
     matrix_parameters: int,
+    head_size: int = 64,
     has_dropout: bool = False,
     world: World | None = None,
     shape: ModelConfig | None = None,
@@ -116,7 +117,13 @@ def resolve(
         precision = "bf16" if (_is_ampere() if device == "cuda" else machine.has_fast_bf16()) else "fp32"
     attention = config.attention
     if attention == "auto":
-        attention = "chunked" if device == "cpu" and precision == "bf16" else "sdpa"
+        attention = _attention(device, precision, head_size)
+    if attention == "varlen" and not _fits_flash(head_size):
+        raise ConfigError(
+            "E-CONFIG-ATTENTION",
+            what=f"attention varlen with heads of {head_size}: FlashAttention has multiples of 8 up to 256",
+            next="use attention auto, or another head_dim",
+        )
     refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
@@ -157,8 +164,18 @@ def resolve(
     )
 
 
+def _attention(device: str, precision: str, head_size: int) -> AttentionMaker:
+    if device == "cpu":
+        return "chunked" if precision == "bf16" else "sdpa"
+    return "varlen" if precision != "fp32" and _fits_flash(head_size) and _is_ampere() else "sdpa"
+
+
+def _fits_flash(head_size: int) -> bool:
+    return head_size % 8 == 0 and head_size <= 256
+
+
 def _is_ampere() -> bool:
-    """Whether the CUDA device has bf16 and tf32 products (compute capability 8.0)."""
+    """Whether the CUDA device has bf16 and tf32 products, and FlashAttention's kernels (compute capability 8.0)."""
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
@@ -196,6 +213,7 @@ def resolve_once(
     *,
     rows_per_epoch: int,
     matrix_parameters: int,
+    head_size: int = 64,
     has_dropout: bool = False,
     world: World | None = None,
     shape: ModelConfig | None = None,
@@ -206,6 +224,7 @@ def resolve_once(
         config,
         rows_per_epoch=rows_per_epoch,
         matrix_parameters=matrix_parameters,
+        head_size=head_size,
         has_dropout=has_dropout,
         world=world,
         shape=shape,

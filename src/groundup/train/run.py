@@ -20,6 +20,7 @@ from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.model.loss import LossOptions
 from groundup.optim.schedules import lr_multiplier
+from groundup.parallel.apply import apply
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.figures import environment_of, final_figures, step_timing
@@ -43,6 +44,7 @@ class TrainingRun:
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.config = job, job.config
         matrix_parameters = job.model.num_active_parameters(min_dims=2)
+        job.model.use_dropout(job.config.dropout)
         has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in job.model.modules())
         self.world = job.world
         self.resolved = self._resolve(matrix_parameters, has_dropout)
@@ -50,6 +52,7 @@ class TrainingRun:
         job.model.use_attention(self.resolved.attention)
         job.model.use_loss(LossOptions(self.config.z_loss or 0.0, self.config.label_smoothing or 0.0))
         job.model.train()
+        apply(job.model, recompute=self.config.activation_checkpointing, compiles=self.resolved.compile)
         self.engine = TorchEngine(
             job.model,
             job.config,
@@ -59,9 +62,6 @@ class TrainingRun:
             num_lanes=self.resolved.num_lanes,
             world=self.world,
         )
-        if self.resolved.compile:
-            for block in job.model.model.layers:
-                block.compile()
         self.state = TrainingState(num_ranks=self.world.size)
         self._intervals = {
             name: self._steps_of(getattr(self.config, name))
@@ -115,6 +115,7 @@ class TrainingRun:
                 self.config,
                 rows_per_epoch=self.job.source.rows_per_epoch,
                 matrix_parameters=matrix_parameters,
+                head_size=self.job.model.config.head_size,
                 has_dropout=has_dropout,
                 world=self.world,
                 shape=self.job.model.config,
