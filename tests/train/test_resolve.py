@@ -7,7 +7,9 @@ from groundup.base import machine
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.parallel.world import World
+from groundup.train import resolve as resolve_module
 from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, RESOLVED, apply_threads, resolve, resolve_once
+from groundup.train.run import TrainingRun
 
 
 def resolved(config, rows_per_epoch=10, matrix_parameters=1000):
@@ -184,3 +186,53 @@ def test_a_run_of_before_a_setting_goes_on(tmp_path, make_config):
     del values["allow_tf32"]
     write_json(tmp_path / RESOLVED, values)
     assert resolve_once(tmp_path, make_config(), **sizes) == began
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "head_size", "attention"),
+    [
+        ("bf16", (9, 0), 128, "varlen"),
+        ("fp16", (8, 0), 64, "varlen"),
+        ("fp16", (7, 5), 64, "sdpa"),
+        ("fp32", (9, 0), 64, "sdpa"),
+        ("bf16", (9, 0), 36, "sdpa"),
+        ("bf16", (9, 0), 512, "sdpa"),
+    ],
+)
+def test_attention_on_cuda_follows_what_flash_attention_has(
+    monkeypatch, make_config, precision, capability, head_size, attention
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000, "head_size": head_size}
+    config = make_config(device="cuda", precision=precision, attention="auto")
+    assert resolve(config, **sizes).attention == attention
+    if attention == "sdpa" and precision == "bf16":
+        with pytest.raises(ConfigError, match=f"E-CONFIG-ATTENTION: attention varlen with heads of {head_size}"):
+            resolve(config.model_copy(update={"attention": "varlen"}), **sizes)
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "device", "words"),
+    [
+        ("varlen", "bf16", "cpu", "a CPU has no kernel for its backward pass. Use attention auto: chunked or sdpa"),
+        ("flex", "fp32", "cpu", "a CPU has no kernel for its backward pass. Use attention auto: chunked or sdpa"),
+        ("varlen", "fp32", "cuda", "FlashAttention computes in bf16 and fp16 alone. Use attention flex or sdpa"),
+    ],
+)
+def test_attention_that_cannot_train_is_refused_with_what_can(
+    monkeypatch, make_config, attention, precision, device, words
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ConfigError, match=f"E-COMBINATION: .*{words}"):
+        resolved(make_config(attention=attention, precision=precision, device=device))
+
+
+def test_dropout_of_a_section_leaves_one_lane(monkeypatch, make_job):
+    monkeypatch.setattr(resolve_module, "LANE_TOKENS", 16)
+    changes = {"micro_batch_rows": 1, "num_threads": 2}
+    lanes = [TrainingRun(make_job(str(share), dropout=share, **changes)).resolved.num_lanes for share in (0.0, 0.1)]
+    assert lanes == [2, 1]

@@ -61,6 +61,7 @@ MODES = {
     "adamw": {"optimizer": "adamw"},
     "bf16": {"precision": "bf16", "attention": "chunked"},
     "lora with dropout": {"optimizer": "adamw"},
+    "dropout": {"dropout": 0.2, "activation_checkpointing": "selective"},
 }
 
 
@@ -190,3 +191,21 @@ def test_terms_of_the_objective_are_reported_apart_from_the_loss(make_job):
     assert lines["plain"][2]["loss"] != lines["more"][2]["loss"]
     assert all("z_loss" not in line and "smoothing_loss" not in line for line in lines["plain"])
     assert all(30 < line["z_loss"] < 40 and 5.9 < line["smoothing_loss"] < 6.3 for line in lines["more"])
+
+
+def test_dropout_is_drawn_from_the_seed_and_never_at_a_look(make_job, make_model):
+    def metrics(name, **changes):
+        job = make_job(name, model=make_model(seed=4), duration="2 steps", validate_every="1 steps", **changes)
+        TrainingRun(job).run()
+        return lines(job.folder / "metrics.jsonl")
+
+    plain, dropped, recomputed = (
+        metrics(name, **changes)
+        for name, changes in {
+            "plain": {"lr": 1e-30, "muon_lr": 1e-30},
+            "dropped": {"lr": 1e-30, "muon_lr": 1e-30, "dropout": 0.3},
+            "recomputed": {"lr": 1e-30, "muon_lr": 1e-30, "dropout": 0.3, "activation_checkpointing": "block"},
+        }.items()
+    )
+    assert plain[0]["loss"] != dropped[0]["loss"] and plain[0]["val"] == dropped[0]["val"]
+    assert recomputed == dropped

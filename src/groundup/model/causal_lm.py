@@ -193,6 +193,11 @@ class CausalLM(nn.Module):
         for module in (self.model, *self.model.layers):
             module.dropout.p = share
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws masks, those of adapters included."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -7,8 +7,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from groundup.base.duration import in_steps
 from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
 from groundup.base.failpoints import reach
@@ -18,9 +16,7 @@ from groundup.base.signals import StopRequest, stop_request
 from groundup.checkpoint.attempt import SUFFIX
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
-from groundup.model.loss import LossOptions
 from groundup.optim.schedules import lr_multiplier
-from groundup.parallel.apply import apply
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.figures import environment_of, final_figures, step_timing
@@ -28,6 +24,7 @@ from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
 from groundup.train.out_of_memory import does_not_fit, is_out_of_memory
+from groundup.train.prepare import prepare
 from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good
 from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints
@@ -43,16 +40,11 @@ class TrainingRun:
 
     def __init__(self, job: TrainingJob) -> None:
         self.job, self.config = job, job.config
-        matrix_parameters = job.model.num_active_parameters(min_dims=2)
-        job.model.use_dropout(job.config.dropout)
-        has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in job.model.modules())
         self.world = job.world
-        self.resolved = self._resolve(matrix_parameters, has_dropout)
+        job.model.use_dropout(self.config.dropout)
+        self.resolved = self._resolve()
         apply_threads(self.resolved)
-        job.model.use_attention(self.resolved.attention)
-        job.model.use_loss(LossOptions(self.config.z_loss or 0.0, self.config.label_smoothing or 0.0))
-        job.model.train()
-        apply(job.model, recompute=self.config.activation_checkpointing, compiles=self.resolved.compile)
+        prepare(job.model, self.config, self.resolved)
         self.engine = TorchEngine(
             job.model,
             job.config,
@@ -106,17 +98,17 @@ class TrainingRun:
         is_one_of_many = self.resolved.device == "cuda" and self.world.size > 1
         return f"cuda:{self.world.local_rank}" if is_one_of_many else self.resolved.device
 
-    def _resolve(self, matrix_parameters: int, has_dropout: bool) -> Resolved:
+    def _resolve(self) -> Resolved:
         """Rank 0 resolves for all: no rank's machine may decide otherwise."""
-        resolved = None
+        resolved, model = None, self.job.model
         if self.world.is_first:
             resolved = resolve_once(
                 self.job.folder,
                 self.config,
                 rows_per_epoch=self.job.source.rows_per_epoch,
-                matrix_parameters=matrix_parameters,
-                head_size=self.job.model.config.head_size,
-                has_dropout=has_dropout,
+                matrix_parameters=model.num_active_parameters(min_dims=2),
+                head_size=model.config.head_size,
+                has_dropout=model.has_dropout,
                 world=self.world,
                 shape=self.job.model.config,
                 changed={name.rpartition(".")[2] for name in self.job.changes},
