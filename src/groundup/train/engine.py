@@ -168,7 +168,7 @@ class TorchEngine:
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
         self.average = None if config.ema_decay is None else WeightAverage(self.masters, config.ema_decay)
         self._norm, self._grad_scale = 0.0, 1.0
-        self._sums = StepSums(torch.zeros(()), 0)
+        self._unread: StepSums | None = None
 
     def forward_backward(
         self,
@@ -224,7 +224,7 @@ class TorchEngine:
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(list(totals.values()))
         self._load_LE = totals.get(EXPERT_LOAD)
-        self._sums = StepSums(
+        self._unread = StepSums(
             totals.pop(NLL),
             batch.num_loss_tokens,
             busy_seconds,
@@ -234,7 +234,7 @@ class TorchEngine:
             source_tokens=batch.source_tokens(),
             extras=totals,
         )
-        return self._sums
+        return self._unread
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
@@ -315,7 +315,9 @@ class TorchEngine:
             torch._foreach_mul_(gradients, 1 / self.scaler.scale)
         self._norm = 0.0
         if gradients:
-            (self._norm,) = self._sums.read_with(torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
+            (self._norm,) = [float(norm)] if self._unread is None else self._unread.read_with(norm)
+        self._unread = None
         if self.world.any(not math.isfinite(self._norm)):  # what one rank sees, all decide on
             self._norm = math.nan
         return self._norm
