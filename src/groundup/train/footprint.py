@@ -25,7 +25,7 @@ UNPACKING_BYTES = 12
 LOGITS_IN_A_CHUNK = 1 << 21
 """As in model/loss.py."""
 QUERIES_IN_A_CHUNK = 256
-"""As in model/attention.py."""
+"""As in model/makers.py."""
 PROCESS = 360 << 20
 """Resident size of a process that has trained the smallest of models: what our stack takes for itself."""
 CUDA_PROCESS = 600 << 20
