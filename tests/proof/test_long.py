@@ -77,7 +77,10 @@ BAD = {
     "rank-bad-numbers": [{"violations": ["rank 1: the run went on"]}],
     "signals": [{"phase": "eval", "signal": "SIGINT", "seconds": 1.25, "is_good": False}],
     "workers": [{"is_worker": True, "was_noticed": True, "is_same": False}],
-    "save-cost": [{"held_seconds": 4.0, "saving_step_seconds": 2.5, "plain_step_seconds": 2.0, "bytes": 1}],
+    "save-cost": [
+        {"writer_seconds": 0.2, "held_seconds": 4.0, "saving_step_seconds": 2.5, "plain_step_seconds": 2.0, "bytes": 1},
+        {"writer_seconds": 5.0, "held_seconds": 0.1, "saving_step_seconds": 1.5, "plain_step_seconds": 2.0, "bytes": 1},
+    ],
 }
 HEALTHY = {
     "flips": {"unseen": 0},
@@ -87,7 +90,7 @@ HEALTHY = {
     "rank-bad-numbers": {"violations": []},
     "signals": {"is_good": True},
     "workers": {"is_same": True},
-    "save-cost": {"held_seconds": 0.1},
+    "save-cost": {"held_seconds": 0.1, "writer_seconds": 0.2},
 }
 
 
