@@ -1,0 +1,132 @@
+"""Fine-tuning on real chats: four sets by full SFT, LoRA and QLoRA on a small base that is pretrained first.
+
+    python benchmarks/finetune.py --data ../shared/data/chat --out /tmp/finetune [--small] [--sets gsm8k] [--methods lora]
+
+Prints a line a run: held-out loss before and after, share of held-out answers that stop, difference of merged and
+adapter. What is finished is not computed again. The base never reads a held-out chat.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from groundup.base.errors import GroundupError
+from groundup.cli import main as groundup
+from groundup.corpus.sources import find_sources
+from groundup.data.chats import Chat, read_chats
+from groundup.data.encoded_chats import is_held_out
+
+SETS = {
+    "alpaca_en": "alpaca_en_demo.json",
+    "alpaca_zh": "alpaca_zh_demo.json",
+    "tool_calls": "glaive_toolcall_en_demo.json",
+    "gsm8k": "gsm8k_train.jsonl",
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"lr": 1e-3},
+    "lora": {"adapter": "lora", "lora_rank": 32, "lora_alpha": 64, "use_rslora": True, "lr": 2e-3},
+    "qlora": {"adapter": "qlora", "lora_rank": 32, "lora_alpha": 64, "use_rslora": True, "lr": 2e-3},
+}
+HELD_OUT = 0.05
+
+
+def base_text(data: Path) -> Iterator[str]:
+    """What is said in the chats that no run holds out."""
+    for name in SETS.values():
+        for file in find_sources(str(data / name)).files:
+            for row in read_chats(file, columns={}, merges_roles=False):
+                if isinstance(row, Chat) and not is_held_out(row.group, HELD_OUT):
+                    yield "\n".join(str(message.get("content") or "") for message in row.messages)
+
+
+def base_recipe(out: Path, *, is_small: bool) -> dict[str, Any]:
+    """A model of some millions of parameters, trained for minutes."""
+    width, layers = (128, 2) if is_small else (256, 6)
+    return {
+        "name": "base",
+        "corpus": {"source": str(out / "text.jsonl"), "dedup": {"near": False}},
+        "tokenizer": {"vocab_size": 4096},
+        "model": {
+            **{"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
+        },
+        "pretrain": {
+            **{"duration": "200 steps" if is_small else "1500 steps", "row_length": 256, "batch_size_tokens": 4096},
+            **{"optimizer": "muon", "checkpoint_every": "100 steps"},
+        },
+    }
+
+
+def tuning_recipe(out: Path, data: Path, chats: str, method: str, *, is_small: bool) -> tuple[str, dict[str, Any]]:
+    """(stage, recipe) of one run."""
+    stage = "sft" if method == "full" else "lora"
+    section = {
+        **{"data": str(data / SETS[chats]), "init_from": str(out / "runs" / "base" / "pretrain" / "model")},
+        **{"duration": "60 steps" if is_small else "600 steps", "row_length": 768, "batch_size_tokens": 6144},
+        **{"validation_fraction": HELD_OUT, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.0},
+        **{"validate_every": "50 steps", "audit_prompts": 8, "checkpoint_every": "100 steps", "overlong": "drop_turns"},
+        "chat_template": "built-in",
+    }
+    evaluation = {"num_questions": 16 if is_small else 40, "max_answer_tokens": 384, "prime_bytes": 0}
+    return stage, {"name": f"{chats}-{method}", stage: section | METHODS[method], "eval": evaluation}
+
+
+def run(command: str, recipe: Path, out: Path) -> None:
+    """One command of the command line; an error ends the benchmark."""
+    try:
+        groundup([command, str(recipe), "--runs-dir", str(out / "runs")])
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    except GroundupError as error:
+        sys.exit(error.line())
+
+
+def main() -> None:
+    """Pretrain the base, then every set by every method."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/chat"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--small", action="store_true", help="a tenth of everything, to see that it runs")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    flags = parser.parse_args()
+    if not flags.data.is_dir():
+        sys.exit(f"no chats at {flags.data}: give --data")
+    out = flags.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    text = out / "text.jsonl"
+    if not text.exists():
+        lines = (json.dumps({"text": said}, ensure_ascii=False) for said in base_text(flags.data))
+        text.write_text("\n".join(lines), encoding="utf-8")
+    recipe = out / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(base_recipe(out, is_small=flags.small)))
+    run("run", recipe, out)
+    rows = []
+    for chats in flags.sets:
+        for method in flags.methods:
+            stage, values = tuning_recipe(out, flags.data.resolve(), chats, method, is_small=flags.small)
+            recipe.write_text(yaml.safe_dump(values))
+            for command in (stage, *(["merge"] if stage == "lora" else []), "eval"):
+                run(command, recipe, out)
+            rows.append(
+                (chats, method, json.loads((out / "runs" / values["name"] / stage / "summary.json").read_text()))
+            )
+    print("\n| chats | method | trained | loss before | after | stop rate | merge | padding | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for chats, method, figures in rows:
+        merged = f"{figures['merge_max_logit_difference']:.1e}" if "merge_max_logit_difference" in figures else "–"
+        print(
+            f"| {chats} | {method} | {figures['trained_parameters']:,} | {figures['answer_loss_before']:.3f} "
+            f"| {figures['answer_loss']:.3f} | {figures['stop_rate']:.3f} | {merged} "
+            f"| {100 * figures['padding_fraction']:.1f} % | {figures['tokens_per_second']:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
