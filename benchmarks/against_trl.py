@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from groundup.adapters.config import AdapterConfig
@@ -26,6 +27,7 @@ from groundup.base.machine import num_cores, prepare_process
 from groundup.checkpoint.huggingface import load_model
 from groundup.data.chat_rows import PackedChats
 from groundup.data.rows import read_batch
+from groundup.model.loss import IGNORE_INDEX
 from groundup.stages.chat_data import load_chats
 from groundup.stages.config import FinetuneConfig
 from groundup.tokenizer.bpe import TextTokenizer
@@ -128,7 +130,10 @@ def theirs(flags: argparse.Namespace) -> dict[str, Any]:
     chats = rows.chats
     data = Dataset.from_list(
         [
-            {"input_ids": chats.ids(chat).tolist(), "assistant_masks": chats.mask(chat).astype(int).tolist()}
+            {
+                "input_ids": chats.ids(chat).tolist(),
+                "labels": np.where(chats.mask(chat), chats.ids(chat).astype(np.int64), IGNORE_INDEX).tolist(),
+            }
             for chat in range(len(chats))
         ]
     )
@@ -148,7 +153,6 @@ def theirs(flags: argparse.Namespace) -> dict[str, Any]:
         bf16=False,
         gradient_checkpointing=False,
         max_length=None,
-        assistant_only_loss=True,
         loss_type=flags.trl_loss,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -177,7 +181,7 @@ def main() -> None:
     parser.add_argument("--row-length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--trl-loss", default="chunked_nll", help="TRL's loss_type")
+    parser.add_argument("--trl-loss", default="nll", help="TRL's loss_type")
     parser.add_argument("--side", choices=["ours", "theirs"], help="run one side and print its figures")
     flags = parser.parse_args()
     flags.model, flags.chats, flags.out = (path.resolve() for path in (flags.model, flags.chats, flags.out))

@@ -202,3 +202,19 @@ def test_talk_and_eval_refuse_a_tokenizer_that_does_not_fit(way, tokenizer_folde
     ):
         said = refusal(*command)
         assert said.code == 2 and "E-TOKENIZER-MISMATCH" in said.err, said
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_passed_over_and_counted(sft, tmp_path):
+    chats = [chat_row(number) for number in range(20)]
+    for chat in chats[::2]:
+        earlier = [{"role": "user", "content": "long " * 60}, {"role": "assistant", "content": "yes"}]
+        chat["messages"] = earlier + chat["messages"]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    settings = ("--runs-dir", tmp_path / "runs", "--sft.overlong", "drop_turns", "--sft.validation_fraction", "0.5")
+    assert groundup("sft", sft, *settings).code == 0
+    said = groundup("eval", sft, *settings, "--eval.max_answer_tokens", "4", "--eval.num_questions", "20")
+    assert said.code == 0, said
+    figures = read_json(tmp_path / "runs" / "case" / "sft" / "eval.json")["figures"]
+    assert figures["questions_too_long"] > 0 and figures["num_questions"] > 0
+    said = refusal("eval", sft, *settings, "--eval.max_answer_tokens", "127")
+    assert said.code == 3 and "held-out questions leaves room" in said.err

@@ -10,11 +10,13 @@ import torch
 
 from groundup.base.artifact import read_manifest, write_summary
 from groundup.base.config import numerics
-from groundup.base.errors import ConfigError
+from groundup.base.errors import ConfigError, DataError
 from groundup.base.files import read_json, sha256_of, write_json
 from groundup.base.machine import num_cores
 from groundup.checkpoint.huggingface import load_model, read_eos_ids
 from groundup.data.chat_rows import PackedChats
+from groundup.data.chats import Chat
+from groundup.data.encoded_chats import tools_of
 from groundup.data.token_store import TokenStore
 from groundup.eval.answers import Answer, answer_figures, answer_loss, answer_questions, skill_rate
 from groundup.eval.compressors import compressor_figures
@@ -181,10 +183,15 @@ def _chat_figures(work: Work, stage: FinetuneStage, model_folder: Path) -> dict[
         "answer_loss_before": answer_loss(before, held_out),
         "answer_loss": answer_loss(after, held_out),
     }
-    answers = _answers(after, encoder, data, evaluation, eos_ids)
+    questions, num_too_long = _questions(after, encoder, data, evaluation)
+    answers = _answers(after, encoder, questions, evaluation, eos_ids)
     figures |= answer_figures(answers)
+    if num_too_long:
+        figures["questions_too_long"] = num_too_long
     if config.check != "answers":
-        figures["skill_rate_before"] = skill_rate(_answers(before, encoder, data, evaluation, eos_ids), config.check)
+        figures["skill_rate_before"] = skill_rate(
+            _answers(before, encoder, questions, evaluation, eos_ids), config.check
+        )
         figures["skill_rate"] = skill_rate(answers, config.check)
     text = _text_figures(work, model_folder, with_compressors=False)
     if text:
@@ -206,11 +213,34 @@ def _bits_per_byte_before(work: Work, base: Path) -> float:
 
 
 def _answers(
-    model: CausalLM, encoder: ChatEncoder, data: ChatData, config: EvalConfig, eos_ids: list[int]
+    model: CausalLM, encoder: ChatEncoder, questions: list[Chat], config: EvalConfig, eos_ids: list[int]
 ) -> list[Answer]:
-    chats = sorted(data.validation.chats, key=lambda chat: _question_order(chat.group))[: config.num_questions]
     sampling = SamplingConfig(temperature=config.answer_temperature, max_new_tokens=config.max_answer_tokens)
-    return answer_questions(model, encoder, chats, sampling, eos_ids)
+    return answer_questions(model, encoder, questions, sampling, eos_ids)
+
+
+def _questions(model: CausalLM, encoder: ChatEncoder, data: ChatData, config: EvalConfig) -> tuple[list[Chat], int]:
+    """Held-out chats to answer, and how many were passed over because question and answer exceed the positions.
+
+    Raises DataError if none fits.
+    """
+    room = model.config.longest_text - config.max_answer_tokens
+    questions: list[Chat] = []
+    num_too_long = 0
+    for chat in sorted(data.validation.chats, key=lambda chat: _question_order(chat.group)):
+        if len(questions) == config.num_questions:
+            break
+        fits = len(encoder.encode_prompt(chat.prompt, **tools_of(chat))) <= room
+        num_too_long += not fits
+        questions += [chat] if fits else []
+    if not questions:
+        raise DataError(
+            "E-DATA-EMPTY",
+            what=f"none of {num_too_long} held-out questions leaves room for {config.max_answer_tokens} tokens of an "
+            f"answer in {model.config.longest_text} positions",
+            next="lower eval.max_answer_tokens, or train with more positions",
+        )
+    return questions, num_too_long
 
 
 def _question_order(group: str) -> bytes:
