@@ -23,7 +23,7 @@ INSTRUCTIONS = {
 }
 EXTRAS = {
     "bitsandbytes": ("8-bit AdamW and NF4 by bitsandbytes", ("bitsandbytes",)),
-    "bench": ("`make bench`, the comparisons with transformers Trainer", ("accelerate",)),
+    "bench": ("`make bench`, the comparisons with transformers Trainer and TRL", ("accelerate", "datasets", "trl")),
     "dev": ("what `make check` and `make test` need", ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff")),
 }
 """What each extra is for, and the packages that it brings."""
