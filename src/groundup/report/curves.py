@@ -94,6 +94,7 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         ),
         Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, tuple(marks)),
         Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2)),
+        Chart("Share of peak", "share of the matrix peak", _raw_and_smoothed("each step", stage.peak_fraction, 2)),
     ]
     filled = [
         replace(chart, lines=lines, num_steps=stage.num_steps)

@@ -61,6 +61,7 @@ class StageRecord:
     loss: Points
     grad_norm: Points
     tokens_per_second: Points
+    peak_fraction: Points
     lr: Mapping[str, Points]
     validation: Mapping[str, Mapping[str, Points]]
     """Figure (`loss`, `perplexity`, `bits_per_byte`), then name of the validation set."""
@@ -177,6 +178,7 @@ def _stage(run: Path, name: str) -> StageRecord | None:
     if not metrics and not summary:
         return None
     lines = list(_lines(folder / "events.jsonl"))
+    timing = _newest_of_each_step(folder / "timing.jsonl")
     examples = summary.get("examples")
     validation = {
         figure: {
@@ -190,7 +192,8 @@ def _stage(run: Path, name: str) -> StageRecord | None:
         num_steps=metrics[-1]["step"] if metrics else 0,
         loss=_points(metrics, "loss"),
         grad_norm=_points(metrics, "grad_norm"),
-        tokens_per_second=_points(_newest_of_each_step(folder / "timing.jsonl"), "tokens_per_second"),
+        tokens_per_second=_points(timing, "tokens_per_second"),
+        peak_fraction=_points(timing, "peak_fraction"),
         lr={group: _points(metrics, "lr", group) for group in _names(metrics, "lr")},
         validation=validation,
         samples=_samples(lines),

@@ -73,5 +73,8 @@ class TrainConfig(OptimConfig):
     """Batches that a rewind leaves out: the one that was judged and those before it."""
     max_rewinds: NonNegativeInt = 3
     """Rewinds in one run; the next bad step stops it."""
+    peak_flops: PositiveFloat | Literal["auto"] | None = Field("auto", json_schema_extra=COSMETIC)
+    """The machine's matrix peak in operations a second, which the share of peak is told of; auto measures it in half a
+    second where the run is long enough, None leaves the share out."""
     num_threads: PositiveInt | Literal["auto"] = "auto"
     """Threads of a CPU's products; auto takes every core."""

@@ -6,6 +6,7 @@ import torch
 
 from groundup.base.machine import peak_memory_bytes
 from groundup.train.loop import StepResult
+from groundup.train.meter import Meter
 from groundup.train.resolve import Resolved
 from groundup.train.state import TrainingState
 
@@ -16,7 +17,7 @@ def environment_of(device: str) -> dict[str, str]:
 
 
 def step_timing(
-    result: StepResult, *, batch_size_tokens: int, elapsed_seconds: float, save_seconds: float
+    result: StepResult, meter: Meter, *, batch_size_tokens: int, elapsed_seconds: float, save_seconds: float
 ) -> dict[str, Any]:
     """A line of timing.jsonl."""
     seconds = result.data_seconds + result.forward_backward_seconds + result.optimizer_seconds
@@ -24,6 +25,7 @@ def step_timing(
         "step": result.step,
         "elapsed_seconds": elapsed_seconds,
         "tokens_per_second": batch_size_tokens / seconds,
+        **meter.share_of(seconds),
         "peak_memory_bytes": peak_memory_bytes(),
         "data_seconds": result.data_seconds,
         "forward_backward_seconds": result.forward_backward_seconds,
@@ -32,8 +34,22 @@ def step_timing(
     }
 
 
+def progress_line(name: str, result: StepResult, total: int, looks: str, rate: float, left: float, meter: Meter) -> str:
+    """What stands in the live line: `rate` in tokens a second, `left` in seconds."""
+    return (
+        f"{name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{looks}  {rate:,.0f} tokens/s{meter.words()}  "
+        f"{int(left) // 60}:{int(left) % 60:02d} left"
+    )
+
+
 def final_figures(
-    state: TrainingState, resolved: Resolved, *, rows_per_epoch: int, num_ranks: int, loss_scale: float | None
+    state: TrainingState,
+    resolved: Resolved,
+    meter: Meter,
+    *,
+    rows_per_epoch: int,
+    num_ranks: int,
+    loss_scale: float | None,
 ) -> dict[str, Any]:
     """What a run's summary says about its training."""
     return {
@@ -47,6 +63,7 @@ def final_figures(
         "exact": state.is_exact,
         "seconds": state.elapsed_seconds,
         "tokens_per_second": state.tokens / max(state.elapsed_seconds, 1e-9),
+        **meter.share(),
         "precision": resolved.precision,
         "compiled": resolved.compile,
         **({} if loss_scale is None else {"loss_scale": loss_scale}),

@@ -26,7 +26,8 @@ LANE_TOKENS = 512
 """Tokens of a micro-batch below which a CPU's products get slow: no lane is opened for fewer."""
 CUDA_MICRO_BATCH_TOKENS = 16384
 GFLOPS_PER_CORE = {torch.float32: 50.0, torch.bfloat16: 200.0}
-"""Nominal rates of a core, only to tell long runs from short ones."""
+CUDA_FLOPS = 1e14
+"""Nominal rates of a core and of a GPU, only to tell long runs from short ones."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
@@ -202,9 +203,15 @@ def _compiles(config: TrainConfig, device: str, precision: str, flops: float) ->
         return config.compile
     if device == "cuda":
         return flops > COMPILE_PAYS_AFTER_CUDA_FLOPS
+    return machine.has_compiler() and nominal_seconds(flops, device, precision) > COMPILE_PAYS_AFTER_SECONDS
+
+
+def nominal_seconds(flops: float, device: str, precision: str) -> float:
+    """Length of a run by nominal rates, only to tell long ones from short ones."""
+    if device == "cuda":
+        return flops / CUDA_FLOPS
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    seconds = flops / (GFLOPS_PER_CORE[dtype] * 1e9 * machine.num_cores())
-    return machine.has_compiler() and seconds > COMPILE_PAYS_AFTER_SECONDS
+    return flops / (GFLOPS_PER_CORE[dtype] * 1e9 * machine.num_cores())
 
 
 def resolve_once(

@@ -19,10 +19,11 @@ from groundup.data.loader import prefetched_batches
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.engine import StepAbandoned, TorchEngine
-from groundup.train.figures import environment_of, final_figures, step_timing
+from groundup.train.figures import environment_of, final_figures, progress_line, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
+from groundup.train.meter import Meter
 from groundup.train.out_of_memory import does_not_fit, is_out_of_memory
 from groundup.train.prepare import prepare
 from groundup.train.records import JsonLines, NoLines
@@ -74,6 +75,7 @@ class TrainingRun:
             self._refuse_inexact()
         if self.world.is_first and self.state.step < self.resolved.total_steps:
             self.store.preflight(checkpoint_bytes(self.engine), self._most_checkpoints())
+        self.meter = Meter(self.config, job.model.config, self.resolved)
         self.metrics = self._records("metrics.jsonl", keep_bytes=self.state.metrics_bytes)
         self.timing = self._records("timing.jsonl")
         self.events = self._records("events.jsonl")
@@ -157,6 +159,8 @@ class TrainingRun:
         elif self._may_rewind:
             self._save(wait=True)  # where a rewind before the first checkpoint goes
         refuse_divergence(self.world, self.state.step, self.engine.weights)
+        if self.state.step < self.resolved.total_steps:
+            self.meter.find_peak(self._device)
         self.world.report(self.state.step)
         with stop_request() as stop, stop.polled(lambda: self._rescue(stop)), self.job.log.progress() as line:
             is_done = False
@@ -182,6 +186,7 @@ class TrainingRun:
         figures = final_figures(
             self.state,
             self.resolved,
+            self.meter,
             rows_per_epoch=self.job.source.rows_per_epoch,
             num_ranks=self.world.size,
             loss_scale=self.engine.loss_scale,
@@ -248,7 +253,7 @@ class TrainingRun:
         )
         steps = training_steps(
             self.engine,
-            batches,
+            self.meter.watched(batches),
             lambda step: lr_multiplier(step, self.config, total_steps=total, warmup_steps=self.resolved.warmup_steps),
             Guard(self.config, self.state, self.job.log, self.job.name_documents, self._event),
             start_step=self.state.step,
@@ -281,10 +286,7 @@ class TrainingRun:
                 self._save()
             rate = (result.step - first_step) * self.config.batch_size_tokens / (time.monotonic() - self._began)
             left = (total - result.step) * self.config.batch_size_tokens / rate
-            text = (
-                f"{self.job.name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{validation_text}  "
-                f"{rate:,.0f} tokens/s  {int(left) // 60}:{int(left) % 60:02d} left"
-            )
+            text = progress_line(self.job.name, result, total, validation_text, rate, left, self.meter)
             line.update(text)
             if self._is_due("log_every", at_end=False):
                 self.job.log.say(f"  {text}")
@@ -404,6 +406,7 @@ class TrainingRun:
         self.timing.write(
             step_timing(
                 result,
+                self.meter,
                 batch_size_tokens=self.config.batch_size_tokens,
                 elapsed_seconds=self.state.elapsed_seconds,
                 save_seconds=self._saving_seconds,
