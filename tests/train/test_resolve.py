@@ -236,3 +236,23 @@ def test_dropout_of_a_section_leaves_one_lane(monkeypatch, make_job):
     changes = {"micro_batch_rows": 1, "num_threads": 2}
     lanes = [TrainingRun(make_job(str(share), dropout=share, **changes)).resolved.num_lanes for share in (0.0, 0.1)]
     assert lanes == [2, 1]
+
+
+def test_rates_are_settled_once(tmp_path, make_config):
+    auto = make_config(lr="auto", muon_lr="auto")
+    first = resolve_once(tmp_path, auto, rows_per_epoch=10, matrix_parameters=1_000_000)
+    assert first.muon_lr == pytest.approx(0.0154 * 8 / 31.6227766) and first.lr == pytest.approx(first.muon_lr / 3)
+    # with another law, size or recipe a run that goes on keeps its rates, unless the change was asked for
+    again = resolve_once(tmp_path, make_config(lr=0.5), rows_per_epoch=10, matrix_parameters=9)
+    assert (again.lr, again.muon_lr) == (first.lr, first.muon_lr)
+    asked = resolve_once(tmp_path, make_config(lr=0.5), rows_per_epoch=10, matrix_parameters=9, changed=["lr"])
+    assert (asked.lr, asked.muon_lr) == (0.5, first.muon_lr)
+    assert again.settle(auto).lr == first.lr and auto.lr == "auto"
+
+
+def test_the_maker_of_8_bits_is_kept(tmp_path, make_config, monkeypatch):
+    config = make_config(optimizer="adamw_8bit")
+    assert resolve_once(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"
+    monkeypatch.setattr(resolve_module, "eight_bit_maker", lambda config: "torchao")
+    assert resolve_once(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"
+    assert resolve(config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "torchao"

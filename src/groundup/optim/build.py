@@ -18,19 +18,22 @@ Groups = list[dict[str, Any]]
 def build_optimizers(
     parameters: Mapping[str, nn.Parameter], config: OptimConfig, **parts: Any
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers over named parameters; `parts` goes to Muon. Raises ConfigError for a maker that is not installed."""
+    """Optimizers over named parameters; `parts` goes to Muon. Raises ConfigError for a maker that is not installed.
+
+    Every group brings its own rate and decay: those the makers are given are never used.
+    """
 
     def muon(groups: Groups) -> torch.optim.Optimizer:
-        return Muon(groups, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=0.0, **parts)
+        return Muon(groups, lr=0.0, momentum=config.muon_momentum, weight_decay=0.0, **parts)
 
     def adamw(groups: Groups) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
     def sgd(groups: Groups) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
+        return torch.optim.SGD(groups, momentum=config.sgd_momentum)
 
     def adafactor(groups: Groups) -> torch.optim.Optimizer:
-        return Adafactor(groups, lr=config.lr, weight_decay=0.0)
+        return Adafactor(groups, lr=0.0, weight_decay=0.0)
 
     def adamw_8bit(groups: Groups) -> torch.optim.Optimizer:
         return build_adamw_8bit(groups, config)

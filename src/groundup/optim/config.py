@@ -1,7 +1,7 @@
 """Optimizer and schedule fields of the recipe's training sections."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -41,10 +41,11 @@ class OptimConfig(Config):
     take all: adamw, adamw_8bit with a quarter of its state, adafactor with next to none, sgd to teach with."""
     adamw_8bit_maker: Literal["auto", "torchao", "bitsandbytes"] = "auto"
     """Whose 8-bit AdamW; auto takes bitsandbytes where it is installed."""
-    lr: PositiveFloat = 3e-3
-    """Peak learning rate; under muon, that of AdamW's parameters. adafactor's is relative to the size of each tensor."""
-    muon_lr: PositiveFloat = 0.02
-    """Peak learning rate of Muon's matrices."""
+    lr: PositiveFloat | Literal["auto"] = 3e-3
+    """Peak learning rate; under muon, that of AdamW's parameters. adafactor's is relative to the size of each tensor.
+    auto takes 0.036 × sqrt(batch tokens / parameters), under muon a third of muon_lr."""
+    muon_lr: PositiveFloat | Literal["auto"] = 0.02
+    """Peak learning rate of Muon's matrices; auto takes 0.0154 × sqrt(batch tokens) / parameters^(1/4)."""
     embedding_lr: PositiveFloat | None = None
     """Peak learning rate of embeddings and head; None takes lr."""
     vector_lr: PositiveFloat | None = None
@@ -79,6 +80,12 @@ class OptimConfig(Config):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep a moving average of the weights, such as 0.999 of itself at each step: validation, samples and the final model
     use the average; training goes on with the weights. None keeps none."""
+
+    @model_validator(mode="after")
+    def _has_a_law(self) -> Self:
+        if self.lr == "auto" and self.optimizer in ("adafactor", "sgd"):
+            raise ValueError(f"lr: auto knows muon, adamw and adamw_8bit; give a number for {self.optimizer}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

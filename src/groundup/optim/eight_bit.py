@@ -40,9 +40,7 @@ def build_adamw_8bit(groups: Sequence[dict[str, Any]], config: OptimConfig) -> t
 def _bitsandbytes(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     with quiet_imports():
         from bitsandbytes.optim import AdamW8bit
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, min_8bit_size=LEAST_VALUES
-    )
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=config.betas, eps=config.eps, min_8bit_size=LEAST_VALUES)
     return optimizer
 
 
@@ -59,6 +57,6 @@ def _torchao(groups: Sequence[dict[str, Any]], config: OptimConfig) -> torch.opt
 
     on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
     made: torch.optim.Optimizer = (EagerAdamW8bit if on_cpu else AdamW8bit)(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, block_size=BLOCK
+        groups, betas=config.betas, eps=config.eps, block_size=BLOCK
     )
     return made

@@ -50,10 +50,10 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig
 
 
 def _peak_lr(group: Group, kind: Kind, config: OptimConfig) -> float:
-    if kind == "muon":
-        return config.muon_lr
     own = {"embeddings": config.embedding_lr, "vectors": config.vector_lr}.get(group)
-    return config.lr if own is None else own
+    lr = config.muon_lr if kind == "muon" else config.lr if own is None else own
+    assert lr != "auto", "settle the rates before building the optimizers"
+    return lr
 
 
 def _weight_decay(group: Group, kind: Kind, config: OptimConfig) -> float:

@@ -70,3 +70,11 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
         if self.adapter_from is not None and (self.adapter == "none" or self.is_pissa):
             raise ValueError("adapter_from needs adapter lora or qlora, and init_lora_weights default: it has a start")
         return self
+
+    @model_validator(mode="after")
+    def _has_a_rate(self) -> Self:
+        if "auto" in (self.lr, self.muon_lr):
+            raise ValueError(
+                "lr: auto is a law for pretraining; fine-tuning needs a number, such as a third of its rate"
+            )
+        return self

@@ -132,6 +132,15 @@ def check_positions(shape: ModelConfig, row_length: int) -> None:
         )
 
 
+def _rates_found(training: TrainingRun) -> str:
+    """What `lr: auto` and `muon_lr: auto` became."""
+    asked, found = training.job.config, training.config
+    names = [name for name in ("lr", "muon_lr") if getattr(asked, name) == "auto"]
+    return "".join(
+        f", {name} {getattr(found, name):.2g}" for name in names if name == "lr" or found.optimizer == "muon"
+    )
+
+
 def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per_epoch: int) -> str:
     """One line on what is about to be trained, with every `auto` resolved."""
     resolved, config = training.resolved, training.config
@@ -142,5 +151,5 @@ def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per
         f"{resolved.num_lanes} micro-batch{'es' if resolved.num_lanes > 1 else ''} of {resolved.micro_batch_rows} × "
         f"{config.row_length} at once, "
         f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.num_threads} threads"
-        f"{f', {resolved.num_ranks} ranks' if resolved.num_ranks > 1 else ''}"
+        f"{f', {resolved.num_ranks} ranks' if resolved.num_ranks > 1 else ''}{_rates_found(training)}"
     )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,8 @@ from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.config import ModelConfig
 from groundup.model.makers import AttentionMaker
+from groundup.optim.eight_bit import eight_bit_maker
+from groundup.optim.lr_law import settled
 from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.world import World
 from groundup.train.combinations import refuse_clash
@@ -43,6 +45,9 @@ PINNED = (
     "num_lanes",
     "shrunk_from",
     "warmup_steps",
+    "lr",
+    "muon_lr",
+    "adamw_8bit_maker",
 )
 """What decides the bits: a resumed run keeps it. A longer duration leaves a warmup in % as it was."""
 SETTINGS = {"warmup_steps": "warmup"}
@@ -66,6 +71,10 @@ class Resolved:
     batch_rows: int
     total_steps: int
     warmup_steps: int
+    lr: float
+    muon_lr: float
+    adamw_8bit_maker: Literal["auto", "torchao", "bitsandbytes"] = "auto"
+    """Whose 8-bit AdamW; auto where there is none in the run."""
     num_ranks: int = 1
     allow_tf32: bool = False
     shrunk_from: int | None = None
@@ -74,6 +83,10 @@ class Resolved:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
+
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """The section with the optimizer's settings as they became."""
+        return config.model_copy(update={name: getattr(self, name) for name in ("lr", "muon_lr", "adamw_8bit_maker")})
 
 
 def resolve(
@@ -128,6 +141,8 @@ def resolve(
     refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
+    optim = settled(config, num_parameters=matrix_parameters, batch_size_tokens=config.batch_size_tokens)
+    assert optim.lr != "auto" and optim.muon_lr != "auto"
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
     num_threads = max(1, num_threads // num_local)
     share_rows = -(-batch_rows // num_ranks)
@@ -160,6 +175,9 @@ def resolve(
         batch_rows=batch_rows,
         total_steps=total_steps,
         warmup_steps=warmup_steps_of(config.warmup, total_steps, **sizes),
+        lr=optim.lr,
+        muon_lr=optim.muon_lr,
+        adamw_8bit_maker=eight_bit_maker(config) if config.optimizer == "adamw_8bit" else "auto",
         num_ranks=num_ranks,
         allow_tf32=device == "cuda" and precision == "fp32" and _allows_tf32(config),
     )

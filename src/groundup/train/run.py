@@ -44,11 +44,12 @@ class TrainingRun:
         self.world = job.world
         job.model.use_dropout(self.config.dropout)
         self.resolved = self._resolve()
+        self.config = self.resolved.settle(job.config)
         apply_threads(self.resolved)
         prepare(job.model, self.config, self.resolved)
         self.engine = TorchEngine(
             job.model,
-            job.config,
+            self.config,
             dtype=self.resolved.dtype,
             device=self._device,
             micro_batch_rows=self.resolved.micro_batch_rows,

@@ -14,6 +14,7 @@ from groundup.model.config import WINDOWS_BY_LAYER, ModelConfig
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
+from groundup.optim.lr_law import settled
 from groundup.stages.models import find_model
 from groundup.stages.recipe import Recipe
 from groundup.train.engine import TorchEngine
@@ -54,9 +55,9 @@ class Subject:
         self, *, rows: int = 8, lanes: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
     ) -> TorchEngine:
         """An engine with `model(seed)`, `rows` in a micro-batch."""
-        return TorchEngine(
-            self.model(seed), self.optim, dtype=dtype, device=self.device, micro_batch_rows=rows, num_lanes=lanes
-        )
+        model = self.model(seed)
+        optim = settled(self.optim, num_parameters=model.num_parameters(), batch_size_tokens=rows * ROW_LENGTH)
+        return TorchEngine(model, optim, dtype=dtype, device=self.device, micro_batch_rows=rows, num_lanes=lanes)
 
     def rows(self, num_rows: int = 8, row_length: int = ROW_LENGTH, seed: int = 0) -> RowBatch:
         """Rows of several documents each; the share of supervised tokens differs from row to row, the third has none."""
