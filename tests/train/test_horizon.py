@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from groundup.base.errors import Preempted
+from groundup.optim.lr_law import adamw_lr
 from groundup.train.run import TrainingRun
 
 SHORT = {
@@ -75,3 +76,11 @@ def test_a_warmup_in_percent_stays_what_it_was(make_job):
     assert (
         TrainingRun(replace(make_job("run", **longer | {"warmup": "30 %"}), changes=asked)).resolved.warmup_steps == 6
     )
+
+
+def test_an_automatic_rate_is_the_laws(make_job):
+    job = make_job("run", **SHORT | {"lr": "auto", "schedule": "constant"})
+    run = TrainingRun(job)
+    run.run()
+    matrices = sum(p.numel() for p in job.model.parameters() if p.dim() >= 2)
+    assert rates_of(job)[-1] == pytest.approx(adamw_lr(matrices, 16)) == run.config.lr
