@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from groundup.base.machine import has_compiler
+from groundup.model.expert_product import can_group
 from groundup.model.loss import CHUNK_ELEMENTS, linear_cross_entropy
 from groundup.model.makers import CHUNK, CUDA_MAKERS, AttentionMaker
-from groundup.model.moe import ExpertMaker, Experts, can_group
+from groundup.model.moe import ExpertMaker, Experts
 from groundup.proof.numerics.figures import Figure, Outcome, Skip, distance, outcome_of, step_outcome, worst
 from groundup.proof.numerics.subject import Subject
 
