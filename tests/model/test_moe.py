@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from groundup.model.balance import counted_tokens, expert_load, load_balance, router_z
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
+from groundup.model.expert_product import can_group, grouped_product, looped_product
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.mlp import MLP
-from groundup.model.moe import Routing, SparseMLP, can_group, grouped_product, looped_product
+from groundup.model.moe import Routing, SparseMLP
 from groundup.model.segments import Segments
 
 MOE = {

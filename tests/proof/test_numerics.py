@@ -13,11 +13,12 @@ from groundup.base.errors import CheckpointError
 from groundup.checkpoint import huggingface
 from groundup.checkpoint.attempt import Checkpoint
 from groundup.cli import main
-from groundup.model import attention, makers
+from groundup.model import attention, causal_lm, makers, moe
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.makers import CUDA_MAKERS, MAKERS
+from groundup.model.moe import Router
 from groundup.model.segments import Segments
 from groundup.proof.numerics import kernels, table
 from groundup.proof.numerics.figures import Figure, distance
@@ -34,6 +35,18 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 300,
+}
+
+EXPERTS = {
+    "qwen3_moe": {
+        **{"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01},
+    },
+    "mixtral": {"model_type": "mixtral", "num_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {
+        **{"model_type": "dots1", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1},
+    },
 }
 
 
@@ -207,6 +220,66 @@ def exported_bit(monkeypatch):
     monkeypatch.setattr(huggingface, "load_file", load)
 
 
+def experts_one_token_late(monkeypatch):
+    honest = moe.grouped_product
+    monkeypatch.setattr(moe, "grouped_product", lambda x_MD, *rest: honest(x_MD.roll(1, 0), *rest))
+
+
+def balance_of_the_micro_batch(monkeypatch):
+    honest = causal_lm.load_balance
+
+    def balance(routings, counted_BT, weight_B, config):
+        return honest(routings, counted_BT, weight_B, config.model_copy(update={"router_aux_loss_scope": "batch"}))
+
+    monkeypatch.setattr(causal_lm, "load_balance", balance)
+
+
+def router_that_sees_the_row(monkeypatch):
+    honest = Router.forward
+    monkeypatch.setattr(Router, "forward", lambda self, x: honest(self, x + 1e-4 * x.mean(1, keepdim=True)))
+
+
+def gate_for_up(monkeypatch):
+    honest = huggingface.unstacked
+
+    def exchange(*arguments):
+        found = honest(*arguments)
+        return {name.replace("gate_proj", "?").replace("up_proj", "gate_proj").replace("?", "up_proj"): tensor
+                for name, tensor in found.items()}  # fmt: skip
+
+    monkeypatch.setattr(huggingface, "unstacked", exchange)
+
+
+def router_bias_forgotten(monkeypatch):
+    honest = TorchEngine.load_state_dict
+
+    def load(self, tensors):
+        kept = {name: weight for name, weight in self.weights.items() if name.endswith("correction_bias")}
+        assert kept
+        honest(self, {**tensors, "model": {**tensors["model"], **{k: v.clone() for k, v in kept.items()}}})
+
+    monkeypatch.setattr(TorchEngine, "load_state_dict", load)
+
+
+EXPERT_FAULTS = [
+    ("experts grouped = looped", "qwen3_moe", experts_one_token_late),
+    ("1×8 rows = 2×4 = 8×1", "qwen3_moe", balance_of_the_micro_batch),
+    ("documents do not see each other", "qwen3_moe", router_that_sees_the_row),
+    ("packed = unpacked", "qwen3_moe", router_that_sees_the_row),
+    ("ours = transformers", "qwen3_moe", gate_for_up),
+    ("ours = transformers", "qwen3_moe", exported(norm_topk_prob=False)),
+    ("saved and loaded = live", "dots1", router_bias_forgotten),
+]
+
+
+@pytest.mark.parametrize(("claim", "model_type", "fault"), EXPERT_FAULTS)
+def test_a_planted_fault_of_experts_fails(prove, monkeypatch, claim, model_type, fault):
+    fault(monkeypatch)
+    code, said = prove(claim, model=SHAPE | EXPERTS[model_type])
+    assert code == 5 and "ERROR E-PROOF" in said, said
+    assert next(line for line in said.splitlines() if line.startswith(f"  {claim}")).endswith("FAIL"), said
+
+
 FAULTS = [
     ("1×8 rows = 2×4 = 8×1", divisor_of_each_micro_batch),
     ("two lanes = one lane", divisor_of_each_lane),
@@ -242,7 +315,7 @@ def test_a_planted_fault_fails(prove, monkeypatch, claim, fault):
 
 
 def test_every_proof_has_its_fault():
-    assert {claim for claim, _ in FAULTS} == PROOFS.keys()
+    assert {claim for claim, *_ in (*FAULTS, *EXPERT_FAULTS)} == PROOFS.keys()
 
 
 @pytest.mark.parity
@@ -254,14 +327,17 @@ def test_every_proof_has_its_fault():
         {"model_type": "llama"},
         {"model_type": "mistral", "sliding_window": 6},
         {"model_type": "qwen3", "sliding_window": 6, "max_window_layers": 1},
+        EXPERTS["qwen3_moe"],
+        EXPERTS["dots1"],
     ],
-    ids=lambda shape: " ".join(map(str, shape.values())),
+    ids=lambda shape: " ".join(map(str, [*shape.values()][:3])),
 )
 def test_sound_code_passes(prove, tmp_path, monkeypatch, shape):
     monkeypatch.setattr(kernels, "CUDA_MAKERS", ())
     monkeypatch.setattr(makers, "varlen_attn", varlen_attn)
     monkeypatch.setattr(makers, "flex_attention", flex_attention)
-    proved = [claim for claim in PROOFS if claim != "compiled = eager"]
+    not_here = {"compiled = eager"} | (set() if "num_experts" in shape else {"experts grouped = looped"})
+    proved = [claim for claim in PROOFS if claim not in not_here]
     code, said = prove(*proved, model=SHAPE | shape, options=["--json", str(tmp_path / "out.json")])
     assert code == 0 and f"{len(proved)} PASS" in said, said
     results = json.loads((tmp_path / "out.json").read_text())
@@ -270,9 +346,9 @@ def test_sound_code_passes(prove, tmp_path, monkeypatch, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", *EXPERTS])
 def test_compiled_blocks_pass(prove, model_type):
-    code, said = prove("compiled = eager", model=SHAPE | {"model_type": model_type})
+    code, said = prove("compiled = eager", model=SHAPE | EXPERTS.get(model_type, {"model_type": model_type}))
     assert (code == 0 and "1 PASS" in said) or "no C++ compiler" in said, said
 
 
@@ -343,6 +419,28 @@ def test_a_large_model_is_made_small_in_its_own_proportions(tmp_path):
     model = subject.model()
     assert sum(p.numel() for p in model.model.layers.parameters()) <= 2 * MAX_BLOCK_PARAMETERS
     assert "hidden_size 4,096 → 512" in said and "vocab_size 128,256 → 4,096" in said
+
+
+def test_a_large_model_with_experts_keeps_both_kinds_of_layers(tmp_path):
+    large = {
+        **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 32},
+        **{"num_key_value_heads": 4, "vocab_size": 151936, "model_type": "qwen3_moe", "num_experts": 128},
+        **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "mlp_only_layers": [0, 1, 2]},
+        **{"router_aux_loss_scope": "batch"},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": large}))
+    subject, said = subject_of(load_recipe(str(tmp_path / "r.yaml")))
+    small = subject.config
+    assert (small.num_experts, small.num_experts_per_tok, small.router_aux_loss_scope) == (8, 2, "row")
+    assert [small.is_sparse(layer) for layer in range(small.num_hidden_layers)] == [False, True]
+    assert sum(p.numel() for p in subject.model().model.layers.parameters()) <= 2 * MAX_BLOCK_PARAMETERS
+    assert small.hidden_size / small.moe_intermediate_size == pytest.approx(2048 / 768)
+    assert "num_experts 128 → 8" in said and "router_aux_loss_scope batch → row" in said
+
+
+def test_a_dense_model_has_no_experts_to_prove(prove):
+    code, said = prove("experts grouped = looped")
+    assert code == 0 and "SKIP (no experts)" in said
 
 
 def test_a_recipe_without_a_model_is_refused(tmp_path, capsys):

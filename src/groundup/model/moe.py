@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from groundup.model.config import ModelConfig
+from groundup.model.expert_product import can_group, grouped_product, looped_product
 from groundup.model.mlp import MLP
-
-ALIGNMENT = 16
-"""Bytes that a row of a grouped product's operands must be a multiple of."""
 
 ExpertMaker = Literal["auto", "grouped", "looped"]
 
@@ -99,28 +97,6 @@ class _FromExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         (order_M,) = ctx.saved_tensors
         return grad_MD.index_select(0, order_M), None, None
-
-
-def grouped_product(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """x W_e^T, rows sorted by expert, in one call of torch; `ends_E[e]` is where the rows of expert e end."""
-    return F.grouped_mm(x_MD, weight_EFD.mT, offs=ends_E)
-
-
-def looped_product(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
-    """The definition: one product after the other."""
-    parts, begin = [], 0
-    for weight_FD, end in zip(weight_EFD, ends_E.tolist(), strict=True):
-        parts.append(x_MD[begin:end] @ weight_FD.t())
-        begin = end
-    return torch.cat(parts)
-
-
-def can_group(x_MD: Tensor, weight_EFD: Tensor) -> bool:
-    """Whether torch computes the grouped product of these: rows of whole 16 bytes, on CUDA in bf16 only."""
-    sizes = (weight_EFD.shape[1] * weight_EFD.element_size(), weight_EFD.shape[2] * weight_EFD.element_size())
-    is_aligned = all(size % ALIGNMENT == 0 for size in sizes)
-    dtypes = (torch.bfloat16,) if x_MD.is_cuda else (torch.float32, torch.bfloat16)
-    return is_aligned and x_MD.dtype in dtypes
 
 
 class Experts(nn.Module):

@@ -16,6 +16,7 @@ from groundup.proof.numerics.figures import (
 )
 from groundup.proof.numerics.subject import Subject, documents_of
 
+EXPERTS = 1e-6
 SUMS = 1e-5
 """Of sums that fp32 rounds in another order: unit roundoff 6e-8, some 100 roundings on a value's way."""
 
@@ -39,7 +40,11 @@ def lanes_repeat_their_bits(subject: Subject) -> Figure:
 
 
 def packed_equals_unpacked(subject: Subject) -> Figure:
-    """Documents in one row give the losses and the summed gradients of each document alone."""
+    """Documents in one row give the losses and the summed gradients of each document alone.
+
+    With experts: without the losses of their routers, which look at a row as a whole.
+    """
+    subject = subject.without_balance()
     model, batch = subject.model(), subject.rows(2)
     packed = outcome_of(model, batch)
     losses_BT = torch.zeros_like(packed.losses)
@@ -58,7 +63,11 @@ def packed_equals_unpacked(subject: Subject) -> Figure:
 
 
 def documents_do_not_see_each_other(subject: Subject) -> Figure:
-    """Other tokens in one document leave every other document's logits and input-embedding gradients as they were."""
+    """Other tokens in one document leave every other document's logits and input-embedding gradients as they were.
+
+    With experts up to rounding: a product's last bits depend on how many tokens an expert has.
+    """
+    subject = subject.without_balance()
     model, batch = subject.model(), subject.rows(2)
     row, place = documents_of(batch)[1]
     others_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)
@@ -77,7 +86,7 @@ def documents_do_not_see_each_other(subject: Subject) -> Figure:
             distance([changed_logits[others_BT]], [logits[others_BT]]),
             distance([changed_gradients[others_BT]], [gradients[others_BT]]),
         ),
-        0,
+        EXPERTS if subject.has_experts else 0,
     )
 
 

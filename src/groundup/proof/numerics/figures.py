@@ -74,14 +74,14 @@ def num_unequal(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 
 def outcome_of(model: CausalLM, batch: RowBatch) -> Outcome:
-    """Losses of the tokens (B, T); gradients of their mean for the input's embeddings (B, T, D), then every weight."""
+    """Losses of the tokens (B, T); gradients of the objective for the input's embeddings (B, T, D), then every weight."""
     embedded: list[Tensor] = []
     hook = model.model.embed_tokens.register_forward_hook(lambda _, __, x_BTD: embedded.append(x_BTD))
     try:
         sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
     finally:
         hook.remove()
-    inputs = [*embedded, *model.parameters()]
+    inputs = [*embedded, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
     gradients = torch.autograd.grad(sums.loss_sum / max(1, batch.num_loss_tokens), inputs, materialize_grads=True)
     return Outcome(sums.per_token_BT, gradients)
 

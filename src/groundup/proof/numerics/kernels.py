@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from groundup.base.machine import has_compiler
+from groundup.model.expert_product import can_group
 from groundup.model.loss import CHUNK_ELEMENTS, linear_cross_entropy
 from groundup.model.makers import CHUNK, CUDA_MAKERS, AttentionMaker
+from groundup.model.moe import ExpertMaker, Experts
 from groundup.proof.numerics.figures import Figure, Outcome, Skip, distance, outcome_of, step_outcome, worst
 from groundup.proof.numerics.subject import Subject
 
@@ -48,6 +50,23 @@ def attention_equals_dense(subject: Subject, maker: AttentionMaker) -> Figure:
     return Figure(worst(*figures), FP32 if dtype == torch.float32 else _of_bf16(subject))
 
 
+def grouped_experts_equal_looped(subject: Subject) -> Figure:
+    """The experts' grouped product gives the losses and gradients of one product after the other."""
+    if not subject.has_experts:
+        raise Skip("no experts")
+    model, batch = subject.model(), subject.rows(2)
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    if not all(can_group(weight, weight) for expert in experts for weight in expert.parameters()):
+        raise Skip(f"torch groups no products of this shape in fp32 on {subject.device}")
+    results = []
+    makers: tuple[ExpertMaker, ...] = ("grouped", "looped")
+    for maker in makers:
+        for expert in experts:
+            expert.maker = maker
+        results.append(outcome_of(model, batch))
+    return Figure(results[0].distance_to(results[1]), FP32)
+
+
 def compiled_equals_eager(subject: Subject) -> Figure:
     """Compiled blocks give the losses and gradients of uncompiled ones."""
     if subject.device == "cpu" and not has_compiler():
@@ -78,8 +97,10 @@ def bf16_is_near_fp32(subject: Subject) -> Figure:
     """The gradient of the bf16 policy, all weights together, lies as near to that of fp32 as its roundings explain.
 
     A rounding moves a value by at most 2^-8 of itself. Roundings are independent, so n of them in a row move it by
-    about sqrt(n) as much. One weight of few elements may lie further off.
+    about sqrt(n) as much. One weight of few elements may lie further off. Every token is given to every expert: which
+    of two nearly equal ones is chosen is no matter of precision.
     """
+    subject = subject.with_every_expert()
     gradients = [
         _together(step_outcome(subject.engine(dtype=dtype), subject.rows()).gradients)
         for dtype in (torch.bfloat16, torch.float32)

@@ -1,14 +1,16 @@
 """What the proofs are made on: the recipe's shape with random weights, and rows of random documents."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from groundup.base.errors import ConfigError
 from groundup.checkpoint.huggingface import read_model_config
 from groundup.data.rows import RowBatch
+from groundup.model.block import Block
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import WINDOWS_BY_LAYER, ModelConfig
 from groundup.model.loss import IGNORE_INDEX
@@ -23,6 +25,7 @@ MAX_VOCABULARY = 4096
 MAX_BLOCK_PARAMETERS = 4_000_000
 """Parameters of all blocks together: with them the proofs end within a minute on two cores."""
 MIN_LAYERS = 2
+MAX_EXPERTS, MAX_CHOSEN = 8, 2
 ROW_LENGTH = 64
 MEAN_DOCUMENT_LENGTH = 12
 MAX_WINDOW = 8
@@ -50,6 +53,21 @@ class Subject:
                 else:
                     parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.1, generator=generator)
         return model.to(self.device)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.config.num_experts is not None
+
+    def without_balance(self) -> "Subject":
+        """The same without the losses that tie the tokens of a row to each other."""
+        return self._with({"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}) if self.has_experts else self
+
+    def with_every_expert(self) -> "Subject":
+        """The same with every expert for every token: nothing is chosen, so no near equals change places."""
+        return self._with({"num_experts_per_tok": self.config.num_experts}) if self.has_experts else self
+
+    def _with(self, update: dict[str, float | int | None]) -> "Subject":
+        return replace(self, config=self.config.model_copy(update=update))
 
     def engine(
         self, *, rows: int = 8, lanes: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -116,21 +134,26 @@ def _model_config(recipe: Recipe) -> ModelConfig:
 
 def _small(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     """Fewer layers first, then fewer heads and a narrower stream in the same proportions; a head keeps its size."""
-    update: dict[str, int | float] = {}
+    update: dict[str, Any] = {}
     assert config.vocab_size != "auto"
     if config.vocab_size > MAX_VOCABULARY:
         update["vocab_size"] = MAX_VOCABULARY
+    update |= _fewer_experts(config)
     for divisor in _divisors(config):
         if divisor > 1:
             update |= {name: getattr(config, name) // divisor for name in _WIDTHS} | {"head_dim": config.head_size}
+            if config.moe_intermediate_size is not None:
+                update["moe_intermediate_size"] = config.moe_intermediate_size // divisor
         per_block = _block_parameters(config.model_copy(update=update))
         layers = min(config.num_hidden_layers, max(MIN_LAYERS, MAX_BLOCK_PARAMETERS // per_block))
         if layers * per_block <= MAX_BLOCK_PARAMETERS:
             break
     update["num_hidden_layers"] = layers
+    if layers < config.num_hidden_layers:
+        update |= _sparse_layers(config)
     small = config.model_copy(update=update)
     said = [
-        f"{name} {getattr(config, name):,} → {getattr(small, name):,}"
+        f"{name} {_words(getattr(config, name))} → {_words(getattr(small, name))}"
         for name in update
         if name != "head_dim" and getattr(config, name) != getattr(small, name)
     ]
@@ -158,7 +181,31 @@ def _divisors(config: ModelConfig) -> list[int]:
     return [divisor for divisor in range(1, common + 1) if common % divisor == 0]
 
 
+def _words(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _fewer_experts(config: ModelConfig) -> dict[str, Any]:
+    """Few experts, and a balance that adds up: that of a whole micro-batch does not, and no proof can say it did."""
+    if config.num_experts is None or config.num_experts_per_tok is None:
+        return {}
+    update: dict[str, Any] = {}
+    if config.num_experts > MAX_EXPERTS:
+        update = {"num_experts": MAX_EXPERTS, "num_experts_per_tok": min(config.num_experts_per_tok, MAX_CHOSEN)}
+    return update | ({"router_aux_loss_scope": "row"} if config.router_aux_loss_scope != "row" else {})
+
+
+def _sparse_layers(config: ModelConfig) -> dict[str, Any]:
+    """Of fewer layers the first is without experts, if any was."""
+    has_dense = not all(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    if config.model_type == "dots1":
+        return {"first_k_dense_replace": int(has_dense)}
+    if config.model_type == "qwen3_moe":
+        return {"decoder_sparse_step": 1, "mlp_only_layers": (0,) if has_dense else ()}
+    return {}
+
+
 def _block_parameters(config: ModelConfig) -> int:
     with torch.device("meta"):
-        block = CausalLM(config.model_copy(update={"num_hidden_layers": 1})).model.layers[0]
+        block = Block(config, is_sparse=config.num_experts is not None)
     return sum(parameter.numel() for parameter in block.parameters())

@@ -33,6 +33,7 @@ PROOFS: Mapping[str, Callable[[Subject], Figure]] = {
         for maker in MAKERS
         if maker != "dense"
     },
+    "experts grouped = looped": kernels.grouped_experts_equal_looped,
     "compiled = eager": kernels.compiled_equals_eager,
     "chunked loss = full": kernels.chunked_loss_equals_full,
     "bf16 near fp32": kernels.bf16_is_near_fp32,
