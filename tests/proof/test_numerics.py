@@ -19,6 +19,7 @@ from groundup.model.cache import KVCache
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.makers import CUDA_MAKERS, MAKERS
 from groundup.model.segments import Segments
+from groundup.parallel import recompute
 from groundup.proof.numerics import kernels, table
 from groundup.proof.numerics.figures import Figure, distance
 from groundup.proof.numerics.subject import MAX_BLOCK_PARAMETERS, documents_of, subject_of
@@ -145,6 +146,24 @@ def compiler_that_rounds(monkeypatch):
     monkeypatch.setattr(Block, "compile", compile_block)
 
 
+def masks_drawn_anew(monkeypatch):
+    honest = recompute.checkpoint
+    monkeypatch.setattr(
+        recompute, "checkpoint", lambda *inputs, **options: honest(*inputs, **options | {"preserve_rng_state": False})
+    )
+
+
+def an_earlier_block_s_input(monkeypatch):
+    """A block's inputs are not those it had, as where a tensor was changed in place."""
+    honest = recompute.checkpoint
+
+    def run(compute, x_BTD, *rest, **options):
+        calls = iter([1.0, 1.001])
+        return honest(lambda x_BTD, *rest: compute(next(calls) * x_BTD, *rest), x_BTD, *rest, **options)
+
+    monkeypatch.setattr(recompute, "checkpoint", run)
+
+
 def chunk_without_its_last_row(monkeypatch):
     honest = kernels.linear_cross_entropy
 
@@ -217,6 +236,9 @@ FAULTS = [
     ("attention chunked = dense", chunk_begins_late),
     *((f"attention {maker} = dense", on_a_pretended_gpu(maker)) for maker in CUDA_MAKERS),
     ("compiled = eager", compiler_that_rounds),
+    ("recomputed by block = plain", masks_drawn_anew),
+    ("recomputed by selective = plain", masks_drawn_anew),
+    ("recomputed by selective = plain", an_earlier_block_s_input),
     ("chunked loss = full", chunk_without_its_last_row),
     ("bf16 near fp32", scale_in_bf16),
     ("cached generation = uncached", cache_off_by_one),

@@ -73,7 +73,8 @@ def test_what_is_proposed_fits(make_training):
                 break
     order = list(dict.fromkeys(proposals))
     assert order[0] == "what fits: micro_batch_rows: 1"
-    assert "what fits: micro_batch_rows: 1, optimizer: adamw_8bit" in order
+    assert "what fits: micro_batch_rows: 1, activation_checkpointing: block" in order
+    assert "what fits: micro_batch_rows: 1, activation_checkpointing: block, optimizer: adamw_8bit" in order
     assert any(re.search(r"checkpoint_every left out, row_length: 256$", words) for words in order)
 
 

@@ -96,6 +96,15 @@ def test_activations_are_what_autograd_saves(model_type, length, attention, prec
     assert planned_bytes(shape, training) == saved_bytes(model, ROWS, length)
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+def test_masks_of_dropout_are_what_autograd_saves(precision):
+    shape = shape_of("qwen3")
+    model = built(shape, precision=precision)
+    model.use_dropout(0.1)
+    training = training_of(precision=precision, has_dropout=True)
+    assert planned_bytes(shape, training) == saved_bytes(model, ROWS, LENGTH)
+
+
 @pytest.mark.parametrize(("attention", "precision"), [("sdpa", "fp32"), ("chunked", "bf16")])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("targets", [("*",), ("q_proj", "v_proj"), ("*.0.mlp.*",), ("o_proj", "down_proj")])
@@ -177,8 +186,10 @@ def test_every_option_moves_its_part():
     assert averaged.average == averaged.gradients == averaged.total - plain.total
     lanes = footprint(shape, training_of(num_lanes=2))
     assert lanes.activations == 2 * plain.activations and lanes.weights == plain.weights
-    light = footprint(shape, training_of(activation_checkpointing="block"))
-    assert light.activations < 0.8 * plain.activations
+    block, selective = (footprint(shape, training_of(activation_checkpointing=kind)) for kind in ("block", "selective"))
+    assert block.activations < selective.activations < plain.activations and block.activations < 0.8 * plain.activations
+    dropped = footprint(shape, training_of(has_dropout=True))
+    assert dropped.activations > plain.activations
     cuda = footprint(shape, training_of(device="cuda"))
     assert 0 < cuda.heap < plain.heap and cuda.process != plain.process
     words = replace(plain, process=0).words()

@@ -32,6 +32,8 @@ def training_of(config: TrainConfig, *, share_rows: int, **resolved: object) -> 
         "batch_rows": share_rows,
         "optim": config,
         "adapter": config if has_adapter else None,
+        "activation_checkpointing": config.activation_checkpointing,
+        "has_dropout": config.dropout > 0,
         "saves_while_training": config.checkpoint_every is not None,
     }
     return Training(**(values | resolved))  # type: ignore[arg-type]
@@ -81,6 +83,8 @@ def _easier(training: Training) -> Iterator[tuple[str, Training]]:
         yield step("micro_batch_rows: 1", rows=1, num_lanes=1)
     if training.num_lanes > 1:
         yield step("num_threads: 1", num_lanes=1)
+    if training.activation_checkpointing != "block":
+        yield step("activation_checkpointing: block", activation_checkpointing="block")
     if training.adapter is None and training.optim.optimizer != "adamw_8bit":
         optim = training.optim.model_copy(update={"optimizer": "adamw_8bit"})
         yield step("optimizer: adamw_8bit", optim=optim)

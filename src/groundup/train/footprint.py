@@ -55,6 +55,7 @@ class Training:
     attention: str = "sdpa"
     num_lanes: int = 1
     activation_checkpointing: str = "none"
+    has_dropout: bool = False
     device: str = "cpu"
     adapter: AdapterConfig | None = None
     """None trains every weight."""
@@ -248,15 +249,29 @@ def activation_bytes(shape: ModelConfig, training: Training) -> int:
     tokens, hidden = training.tokens, shape.hidden_size
     ends = tokens * (_norm(hidden, 1, training) + INT64 + 2 * FP32 * shape.head_size)
     ends += tokens * INT64 if training.adapter is None else 0  # the embedding's own
+    # a bias has an element for each pair; chunked and dense add it to what autograd does not keep
     walls = training.rows * training.row_length**2 * training.item if training.attention == "sdpa" else 0
+    masks = tokens * hidden * training.item if training.has_dropout else 0
+    ends += masks
     blocks, flows = [], training.adapter is None
     for layer in range(shape.num_hidden_layers):
         block = Block(shape, training, layer, flows)
-        blocks.append(block.num_bytes())
+        blocks.append(block.num_bytes() + 2 * masks)
         flows = flows or bool(block.adapted)
-    if training.activation_checkpointing == "block":
-        return shape.num_hidden_layers * tokens * hidden * training.item + max(blocks) + ends + walls
+    if training.activation_checkpointing != "none":
+        kept = hidden if training.activation_checkpointing == "block" else _products(shape, training)
+        return shape.num_hidden_layers * tokens * kept * training.item + max(blocks) + ends + walls
     return sum(blocks) + ends + walls
+
+
+def _products(shape: ModelConfig, training: Training) -> int:
+    """Numbers a token that a block keeps beside its input where only the rest is computed again."""
+    sizes, hidden = _Sizes(shape), shape.hidden_size
+    attention = 0 if training.attention in ("chunked", "dense") else sizes.queries
+    inner = shape.intermediate_size
+    if shape.num_experts_per_tok is not None:
+        inner = shape.expert_size * (shape.num_experts_per_tok + (shape.n_shared_experts or 0))
+    return hidden + sizes.queries + 2 * sizes.keys + attention + hidden + 2 * inner + hidden
 
 
 def _norm(size: int, num_groups: int, training: Training) -> int:

@@ -9,10 +9,21 @@ from torch.nn import functional as F
 from groundup.base.machine import has_compiler
 from groundup.model.loss import CHUNK_ELEMENTS, linear_cross_entropy
 from groundup.model.makers import CHUNK, CUDA_MAKERS, AttentionMaker
-from groundup.proof.numerics.figures import Figure, Outcome, Skip, distance, outcome_of, step_outcome, worst
+from groundup.parallel.recompute import Recompute, recompute_blocks
+from groundup.proof.numerics.figures import (
+    Figure,
+    Outcome,
+    Skip,
+    distance,
+    num_unequal,
+    outcome_of,
+    step_outcome,
+    worst,
+)
 from groundup.proof.numerics.subject import Subject
 
 FP32 = 1e-5
+DROPOUT = 0.1
 WINDOW = 5
 """Shorter than most documents of the rows, so that keys are left out."""
 BF16_ROUNDOFF = 2.0**-8
@@ -57,6 +68,22 @@ def compiled_equals_eager(subject: Subject) -> Figure:
     for block in model.model.layers:
         block.compile()
     return Figure(outcome_of(model, batch).distance_to(eager), FP32)
+
+
+def recomputed_equals_plain(subject: Subject, kind: Recompute) -> Figure:
+    """What is computed again in the backward pass is what was computed, dropout's masks included: no element of the loss
+    or the gradients differs. On CUDA two forward passes need not have the same bits."""
+    batch, results = subject.rows(2), []
+    for each in ("none", kind):
+        model = subject.model().train()
+        model.use_dropout(DROPOUT)
+        recompute_blocks(model, each)
+        torch.manual_seed(0)
+        results.append(outcome_of(model, batch))
+    plain, again = results
+    if subject.device != "cpu":
+        return Figure(again.distance_to(plain), FP32)
+    return Figure(num_unequal([again.losses, *again.gradients], [plain.losses, *plain.gradients]), 0)
 
 
 def chunked_loss_equals_full(subject: Subject) -> Figure:

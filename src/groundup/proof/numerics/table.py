@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from groundup.base.errors import NumericsError
 from groundup.base.files import write_json
 from groundup.base.log import Log
 from groundup.model.makers import MAKERS
+from groundup.parallel.recompute import Recompute
 from groundup.proof.numerics import batches, files, kernels
 from groundup.proof.numerics.figures import Figure, Skip
 from groundup.proof.numerics.subject import Subject, subject_of
@@ -34,6 +35,11 @@ PROOFS: Mapping[str, Callable[[Subject], Figure]] = {
         if maker != "dense"
     },
     "compiled = eager": kernels.compiled_equals_eager,
+    **{
+        f"recomputed by {kind} = plain": partial(kernels.recomputed_equals_plain, kind=kind)
+        for kind in get_args(Recompute)
+        if kind != "none"
+    },
     "chunked loss = full": kernels.chunked_loss_equals_full,
     "bf16 near fp32": kernels.bf16_is_near_fp32,
     "cached generation = uncached": files.cached_equals_uncached,
