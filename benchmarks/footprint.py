@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "wide vocabulary": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 32768},
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 6400},
     "peers": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 6400},
+    "hundred million": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 32000},
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 6400},
 }
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -36,6 +38,13 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("peers", {"micro_batch_rows": 4, "row_length": 512}),
     ("peers", {"micro_batch_rows": 2, "optimizer": "muon"}),
     ("peers", {"micro_batch_rows": 8, "adapter": "lora", "precision": "bf16", "attention": "sdpa"}),
+    *(
+        (shape, {"micro_batch_rows": rows, "row_length": 512, "activation_checkpointing": kind, "attention": attention})
+        for shape, rows in (("peers", 8), ("hundred million", 4))
+        for attention in ("sdpa", "chunked")
+        for kind in ("none", "selective", "block")
+    ),
+    ("small", {"micro_batch_rows": 8, "dropout": 0.1}),
     ("deep", {"micro_batch_rows": 4}),
     ("deep", {"micro_batch_rows": 4, "checkpoint_every": "1 steps"}),
 )
@@ -80,7 +89,7 @@ def main() -> int:
         print(
             f"{case.name():<66} measured {found['measured'] / 1e6:7.0f} MB  planned {found['planned'] / 1e6:7.0f} MB  "
             f"{100 * difference:+5.1f} %  (without the process {found['measured_own'] / 1e6:.0f} and "
-            f"{found['planned_own'] / 1e6:.0f} MB: {100 * (found['planned_own'] / found['measured_own'] - 1):+.1f} %)",
+            f"{found['planned_own'] / 1e6:.0f} MB: {100 * (found['planned_own'] / found['measured_own'] - 1):+.1f} %), {found['seconds']:.1f} processor seconds a step",
             flush=True,
         )
     median = statistics.median(differences)
@@ -114,6 +123,8 @@ def measure(case: Case) -> dict[str, Any]:
     config = FinetuneConfig.model_validate(values | defaults | {"num_threads": 1, "data": ""} | case.changes)
     adapter = config if config.adapter != "none" else None
 
+    seconds = 0.0
+
     def train(shape: ModelConfig) -> TrainingRun:
         model = CausalLM(shape)
         model.initialize(torch.Generator().manual_seed(0))
@@ -133,7 +144,10 @@ def measure(case: Case) -> dict[str, Any]:
                 sample=lambda live, prompt: "",
             )
             run = TrainingRun(job)
+            began = time.process_time()
             run.run()
+            nonlocal seconds
+            seconds = (time.process_time() - began) / 2
         return run
 
     train(shape.model_copy(update=SMALLEST))  # much is imported by the first step alone
@@ -150,6 +164,8 @@ def measure(case: Case) -> dict[str, Any]:
         num_lanes=run.resolved.num_lanes,
         adapter=adapter and AdapterConfig(**{name: getattr(adapter, name) for name in AdapterConfig.model_fields}),
         saves_while_training=config.checkpoint_every is not None,
+        activation_checkpointing=config.activation_checkpointing,
+        has_dropout=config.dropout > 0,
     )
     planned = replace(footprint(shape, training), process=base)
     measured = peak_bytes()
@@ -159,6 +175,7 @@ def measure(case: Case) -> dict[str, Any]:
         "planned": planned.total,
         "measured_own": measured - base,
         "planned_own": planned.total - base,
+        "seconds": seconds,
     }
 
 

@@ -201,3 +201,14 @@ def test_makers_give_the_same_logits_in_bf16(make_model, maker):
     expected = model.logits(tokens_BT, segments)
     model.use_attention(maker)
     torch.testing.assert_close(model.logits(tokens_BT, segments), expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "version"), [((9, 0), True, "FA3"), ((9, 0), False, "FA2"), ((8, 0), True, "FA2")]
+)
+def test_flash_attention_3_is_taken_where_card_and_library_have_it(monkeypatch, capability, installed, version):
+    active = []
+    monkeypatch.setattr(makers, "find_spec", lambda name: (name == "flash_attn_interface" and installed) or None)
+    monkeypatch.setattr(makers, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(makers, "current_flash_attention_impl", lambda: active[0] if active else None)
+    assert makers.choose_flash(capability) == version

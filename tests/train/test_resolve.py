@@ -6,6 +6,7 @@ import torch
 from groundup.base import machine
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
+from groundup.model.config import ModelConfig
 from groundup.parallel.world import World
 from groundup.train import resolve as resolve_module
 from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, RESOLVED, apply_threads, resolve, resolve_once
@@ -188,6 +189,18 @@ def test_a_run_of_before_a_setting_goes_on(tmp_path, make_config):
     assert resolve_once(tmp_path, make_config(), **sizes) == began
 
 
+def shape_with(**changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 400}
+    return ModelConfig(num_attention_heads=2, num_key_value_heads=1, **(sizes | changes))
+
+
+@pytest.mark.parametrize(("window", "attention"), [(None, "sdpa"), (17, "sdpa"), (16, "chunked"), (4, "chunked")])
+def test_a_cpu_takes_chunks_where_a_window_is_a_quarter_of_the_row(make_config, window, attention):
+    config = make_config(attention="auto", row_length=64)
+    shape = shape_with(sliding_window=window)
+    assert resolve(config, rows_per_epoch=10, matrix_parameters=1000, shape=shape).attention == attention
+
+
 @pytest.mark.parametrize(
     ("precision", "capability", "head_size", "attention"),
     [
@@ -205,7 +218,8 @@ def test_attention_on_cuda_follows_what_flash_attention_has(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000, "head_size": head_size}
+    monkeypatch.setattr(resolve_module, "memory_of_a_rank", lambda device, num_local: 1 << 40)
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000, "shape": shape_with(head_dim=head_size)}
     config = make_config(device="cuda", precision=precision, attention="auto")
     assert resolve(config, **sizes).attention == attention
     if attention == "sdpa" and precision == "bf16":

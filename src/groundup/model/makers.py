@@ -5,11 +5,17 @@ A maker gets queries, keys, values, the walls in the form it reads (`walls_of`) 
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    list_flash_attention_impls,
+)
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
@@ -74,6 +80,16 @@ def flex(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: BlockMask, window
     compute: Any = _compiled_flex() if q_BHTK.is_cuda else flex_attention
     out_BHTK: Tensor = compute(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=True)
     return out_BHTK
+
+
+def choose_flash(capability: tuple[int, int]) -> str:
+    """Let varlen use FlashAttention 3 on a Hopper card where its library is installed; returns the version in use.
+
+    torch's own is FlashAttention 2. The two round differently.
+    """
+    if capability[0] == 9 and "FA3" in list_flash_attention_impls() and find_spec("flash_attn_interface") is not None:
+        activate_flash_attention_impl("FA3")
+    return current_flash_attention_impl() or "FA2"
 
 
 @cache

@@ -13,7 +13,7 @@ from groundup.base.duration import in_steps
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.config import ModelConfig
-from groundup.model.makers import AttentionMaker
+from groundup.model.makers import AttentionMaker, choose_flash
 from groundup.optim.eight_bit import eight_bit_maker
 from groundup.optim.lr_law import settled
 from groundup.optim.schedules import warmup_steps_of
@@ -34,6 +34,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
+WINDOW_PAYS = 4
+"""A row of so many windows is computed faster in chunks, which read the keys of a window alone, in fp32 too (1.4 to 4
+times, measured); without a window they are faster and slower than SDPA by turns."""
 RESOLVED = "resolved.json"
 PINNED = (
     "precision",
@@ -94,7 +97,6 @@ def resolve(
     *,
     rows_per_epoch: int,
     matrix_parameters: int,
-    head_size: int = 64,
     has_dropout: bool = False,
     world: World | None = None,
     shape: ModelConfig | None = None,
@@ -131,11 +133,11 @@ def resolve(
         precision = "bf16" if (_is_ampere() if device == "cuda" else machine.has_fast_bf16()) else "fp32"
     attention = config.attention
     if attention == "auto":
-        attention = _attention(device, precision, head_size)
-    if attention == "varlen" and not _fits_flash(head_size):
+        attention = _attention(device, precision, config.row_length, shape)
+    if attention == "varlen" and not _fits_flash(shape):
         raise ConfigError(
             "E-CONFIG-ATTENTION",
-            what=f"attention varlen with heads of {head_size}: FlashAttention has multiples of 8 up to 256",
+            what=f"attention varlen with heads of {shape and shape.head_size}: FlashAttention has multiples of 8 up to 256",
             next="use attention auto, or another head_dim",
         )
     refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
@@ -183,14 +185,15 @@ def resolve(
     )
 
 
-def _attention(device: str, precision: str, head_size: int) -> AttentionMaker:
-    if device == "cpu":
-        return "chunked" if precision == "bf16" else "sdpa"
-    return "varlen" if precision != "fp32" and _fits_flash(head_size) and _is_ampere() else "sdpa"
+def _attention(device: str, precision: str, row_length: int, shape: ModelConfig | None) -> AttentionMaker:
+    if device == "cuda":
+        return "varlen" if precision != "fp32" and _fits_flash(shape) and _is_ampere() else "sdpa"
+    window = row_length if shape is None or shape.sliding_window is None else shape.sliding_window
+    return "chunked" if precision == "bf16" or window * WINDOW_PAYS <= row_length else "sdpa"
 
 
-def _fits_flash(head_size: int) -> bool:
-    return head_size % 8 == 0 and head_size <= 256
+def _fits_flash(shape: ModelConfig | None) -> bool:
+    return shape is None or (shape.head_size % 8 == 0 and shape.head_size <= 256)
 
 
 def _is_ampere() -> bool:
@@ -238,7 +241,6 @@ def resolve_once(
     *,
     rows_per_epoch: int,
     matrix_parameters: int,
-    head_size: int = 64,
     has_dropout: bool = False,
     world: World | None = None,
     shape: ModelConfig | None = None,
@@ -249,7 +251,6 @@ def resolve_once(
         config,
         rows_per_epoch=rows_per_epoch,
         matrix_parameters=matrix_parameters,
-        head_size=head_size,
         has_dropout=has_dropout,
         world=world,
         shape=shape,
@@ -286,9 +287,11 @@ def shrink_for_good(folder: Path, resolved: Resolved, micro_batch_rows: int) -> 
 
 
 def apply_threads(resolved: Resolved) -> None:
-    """Set the thread count and torch's deterministic algorithms for this process."""
+    """Set the thread count, torch's deterministic algorithms and the kernels of attention for this process."""
     torch.set_num_threads(resolved.num_threads)
     if resolved.device == "cuda":
         torch.set_float32_matmul_precision("high" if resolved.allow_tf32 else "highest")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if resolved.attention == "varlen":
+            choose_flash(torch.cuda.get_device_capability())
     torch.use_deterministic_algorithms(True)

@@ -110,10 +110,9 @@ class TrainingRun:
                 self.config,
                 rows_per_epoch=self.job.source.rows_per_epoch,
                 matrix_parameters=model.num_active_parameters(min_dims=2),
-                head_size=model.config.head_size,
                 has_dropout=model.has_dropout,
                 world=self.world,
-                shape=self.job.model.config,
+                shape=model.config,
                 changed={name.rpartition(".")[2] for name in self.job.changes},
             )
         return Resolved(**self.world.broadcast(resolved and asdict(resolved)))
