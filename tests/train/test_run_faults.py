@@ -370,6 +370,7 @@ SAVED = re.compile(r"run\.state\.|run\.engine\.(masters\[|optimizers\[|average\.
 NOT_STATE = {
     "run._began", "run._elapsed_before", "run._saving_seconds", "run._busy_seconds", "run._stragglers", "run._saved_step",  # clocks, and where the disk is
     "run.engine._norm",  # set before each use
+    "run.meter._step_flops",  # of the last step, for its line of timing
     "run.store._buffers.keys", "run.store._buffers[object]",  # what is being written
 }  # fmt: skip
 
