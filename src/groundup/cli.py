@@ -1,6 +1,7 @@
 """The command line: one command a stage. Parses, calls, prints errors; torch is imported only by what runs."""
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -64,7 +65,8 @@ def _stage_help(*sections: str) -> str:
     rows = []
     for option, default, text in section_help("groundup.stages.recipe", "Recipe"):
         if option.removeprefix("--").split(".")[0] in sections:
-            rows.append(f"  {option}  [{default}]\n      {text}" if text else f"  {option}  [{default}]")
+            rows.append(f"  {option}  [{default}]")
+            rows += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "Settings of the recipe, each can be given here:\n\n" + "\n".join(rows)
 
 
@@ -595,11 +597,12 @@ def _run_command(given: Sequence[str]) -> None:
     debug = "--debug" in given
     arguments = [argument for argument in given if argument != "--debug"]
     with _bugs_to_launcher(), errors_as_lines(debug=debug):
-        if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
-            app[arguments[0]].help_epilogue = _stage_help(*STAGE_COMMANDS[arguments[0]][1])
         try:
             with stop_request() if arguments and arguments[0] in WORKING_COMMANDS else nullcontext():
                 app(arguments, exit_on_error=False, print_error=False)
+            if "--help" in arguments and arguments[0] in STAGE_COMMANDS:
+                # not through cyclopts: rendering so many lines there takes as long as everything else
+                print(_stage_help(*STAGE_COMMANDS[arguments[0]][1]))
         except CycloptsError as error:
             raise ConfigError(
                 "E-CLI", what=" ".join(str(error).split()).rstrip("."), next="see `groundup --help`"

@@ -81,10 +81,12 @@ def _find_class(module: str, name: str) -> tuple[str, str] | None:
     return None
 
 
+@cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in _body(module) if isinstance(node, ast.ClassDef)}
 
 
+@cache
 def _constants(module: str) -> dict[str, ast.expr]:
     return {ast.unparse(node.targets[0]): node.value for node in _body(module) if isinstance(node, ast.Assign)}
 

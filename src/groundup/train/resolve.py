@@ -35,7 +35,7 @@ COMPILE_PAYS_AFTER_SECONDS = 900.0
 """Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 WINDOW_PAYS = 4
-"""A row of so many windows is computed faster in chunks, which read the keys of a window alone, in fp32 too (1.4 to 4
+"""A row of so many windows is computed faster in chunks, which read the keys of a window alone, in fp32 too (1.04 to 4
 times, measured); without a window they are faster and slower than SDPA by turns."""
 RESOLVED = "resolved.json"
 PINNED = (
