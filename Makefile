@@ -18,7 +18,7 @@ check: $(STAMP)  ## what stands before every commit: style, types, layers, unit 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not parity and not end_to_end"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not parity and not end_to_end and not costly"
 
 bench: $(STAMP)  ## every comparison with a peer on this machine; rows go to docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"

@@ -1,5 +1,6 @@
 """The file of an adapter: the same bytes each time it is written, and all of what was put into it."""
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -8,6 +9,7 @@ from groundup.adapters.config import AdapterConfig
 from groundup.adapters.files import save_adapter
 
 
+@pytest.mark.costly
 def test_the_same_adapter_gives_the_same_bytes(tmp_path):
     weights = {f"model.layers.{n}.q_proj.lora_A.default.weight": torch.randn(2, 5) for n in range(3)}
     for number in range(12):

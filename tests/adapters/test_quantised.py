@@ -17,6 +17,8 @@ from groundup.adapters.quantised import (
 )
 from groundup.base.errors import ConfigError
 
+pytestmark = pytest.mark.costly
+
 WIDEST_GAP = 0.152
 """Half of the widest gap between two NF4 values, as a share of the block's largest weight."""
 

@@ -11,6 +11,8 @@ from groundup.base.errors import GroundupError
 from groundup.proof.power_loss import every_prefix, rebuild, replay, sampled
 from groundup.proof.recording_disk import NoSync, RecordingDisk
 
+pytestmark = pytest.mark.costly
+
 ALLOW_ALL, ALLOW_NONE = ChangePolicy(allow_change=["value"]), ChangePolicy()
 
 

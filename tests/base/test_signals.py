@@ -13,6 +13,7 @@ from groundup.base.signals import SIGNALS, StopRequest, stop_request
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.costly
 def test_where_nothing_polls_a_signal_interrupts(number):
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), stop_request() as stop:
@@ -84,6 +85,7 @@ def test_a_rescue_that_fails_does_not_keep_the_process():
     assert code == 75 and "the last save stands, another was not possible (division by zero)" in errors
 
 
+@pytest.mark.costly
 def test_a_save_that_takes_longer_is_waited_for():
     rescue = "lambda: time.sleep(1.5) or 'everything is saved'"
     code, errors, seconds = run_deaf(f"with stop.polled({rescue}): sit()", grace=0.2, save=20)

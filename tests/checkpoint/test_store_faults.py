@@ -32,6 +32,7 @@ def test_every_flipped_bit_is_found(kit):
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.costly
 def test_every_bit_of_a_beginning_is_found_and_the_file_is_named(kit, name, capsys):
     """There stand the manifest's step and the length of a safetensors header."""
     kit.save(1)
@@ -264,6 +265,7 @@ def refusal_violations(kit, *, error, for_good, refuses_removal=False):
 @pytest.mark.parametrize(
     ("error", "for_good"), [(errno.ENOSPC, False), (errno.ENOSPC, True), (errno.EIO, True), (errno.EDQUOT, False)]
 )
+@pytest.mark.costly
 def test_whatever_operation_fails_the_one_before_stands(kit, error, for_good):
     num_tried, violations = refusal_violations(kit, error=error, for_good=for_good)
     assert num_tried > 30 and not violations

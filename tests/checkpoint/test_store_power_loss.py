@@ -9,6 +9,8 @@ from groundup.proof.crash_trials import history, lost_states
 from groundup.proof.power_loss import every_prefix, rebuild, replay, sampled
 from groundup.proof.recording_disk import RecordingDisk
 
+pytestmark = pytest.mark.costly
+
 
 def test_the_model_loses_what_was_not_synced(kit):
     """The judge is judged first: a file made with care is there in every state, one without is not."""

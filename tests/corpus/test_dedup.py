@@ -147,6 +147,7 @@ def test_comparisons_stay_linear_when_all_share_every_band(monkeypatch):
     assert count < compared <= 2 * count * dedup.MAX_COMPARED
 
 
+@pytest.mark.costly
 def test_a_document_costs_under_300_bytes(monkeypatch):
     monkeypatch.setattr(dedup, "CACHE_BYTES", 0)  # a fixed sum, which would hide the rest of so few documents
     count = 10_000

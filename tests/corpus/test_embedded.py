@@ -11,6 +11,8 @@ from groundup.corpus.embedded import docstring_chats, embedded_files, parameter_
 from groundup.corpus.readers import read_source
 from groundup.corpus.sources import find_sources
 
+pytestmark = pytest.mark.costly
+
 
 def test_files_are_the_library_without_its_tests():
     names = [name for _, name in embedded_files()]

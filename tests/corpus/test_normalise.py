@@ -40,6 +40,7 @@ def test_fixing_mends_mojibake_and_nothing_else():
 
 @pytest.mark.parametrize("config", [STRIP, KEEP])
 @given(text=st.text())
+@pytest.mark.costly
 def test_twice_is_once(config, text):
     once = normalise(text, config)
     assert normalise(once, config) == once

@@ -46,6 +46,7 @@ def parts_of(row):
 
 
 @pytest.mark.parametrize("row_length", [1, 5, 16, 64])
+@pytest.mark.costly
 def test_every_document_is_there_once_whole_or_split_by_the_rule(tmp_path, row_length):
     for seed in range(25):
         generator = random.Random(seed)

@@ -95,6 +95,7 @@ def test_makers_equal_dense_over_random_shapes(monkeypatch, seed):
 
 
 @pytest.mark.parametrize(("length", "block", "window"), [(37, 8, None), (37, 8, 11), (32, 16, 3), (5, 128, None)])
+@pytest.mark.costly
 def test_flex_forward_equals_dense(monkeypatch, length, block, window):
     monkeypatch.setattr(makers, "FLEX_BLOCK", block)
     inputs, segments = random_inputs(length, share=0.1)

@@ -32,6 +32,7 @@ def trained(steps=12, **changes):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.costly
 def test_it_goes_where_adamw_goes(maker):
     exact, rounded = trained(optimizer="adamw"), trained(optimizer="adamw_8bit", adamw_8bit_maker=maker)
     for name, step in exact.items():

@@ -56,6 +56,7 @@ def graphs_of_four_steps(model, maker):
 
 
 @pytest.mark.parametrize(("maker", "shape", "kind", "dropout"), CASES)
+@pytest.mark.costly
 def test_a_block_is_one_graph_that_is_compiled_once(make_model, maker, shape, kind, dropout):
     model = make_model(**shape).train()
     model.use_dropout(dropout)

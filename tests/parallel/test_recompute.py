@@ -18,6 +18,8 @@ from groundup.parallel import recompute
 from groundup.parallel.apply import apply
 from groundup.train.engine import TorchEngine
 
+pytestmark = pytest.mark.costly
+
 KINDS = ("none", "block", "selective")
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 

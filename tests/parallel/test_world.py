@@ -13,6 +13,7 @@ ODD_VALUES = [None, "", "三百首 \0", [1.5, {"a": [None]}], {"long": "x" * 70_
 
 
 @pytest.mark.parametrize("index", range(len(ODD_VALUES)))
+@pytest.mark.costly
 def test_small_values_reach_every_rank(on_two_ranks, index):
     values = [ODD_VALUES[index], ODD_VALUES[-1 - index]]
     expected = {"broadcast": values[0], "gather": values, "any": True, "none": False, "sums": [1, 2, 1 << 41]}

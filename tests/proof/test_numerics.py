@@ -29,6 +29,8 @@ from groundup.stages.recipe import load_recipe
 from groundup.train.engine import TorchEngine
 from groundup.train.lanes import Lanes
 
+pytestmark = pytest.mark.costly
+
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -10,6 +10,8 @@ import pytest
 from groundup.base.errors import DataError
 from groundup.report.page import write_report
 
+pytestmark = pytest.mark.costly
+
 VOID = {"meta", "br", "link", "img", "input", "hr", "path", "use", "rect"}
 
 

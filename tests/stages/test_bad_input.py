@@ -52,6 +52,7 @@ def sft(way, tmp_path):
     return write_recipe(tmp_path, {"sft": section})
 
 
+@pytest.mark.costly
 def test_bad_chats_are_set_aside_and_every_good_one_is_kept(sft, tmp_path):
     recipe = sft
     good = [json.dumps(chat_row(number)).encode() for number in range(40)]

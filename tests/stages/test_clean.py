@@ -23,6 +23,8 @@ from groundup.corpus.storage import count_documents, read_documents
 from groundup.stages import clean as stage
 from groundup.stages.clean import clean
 
+pytestmark = pytest.mark.costly
+
 BAD_LINES = [b'{"text":"\xff"}', b"[1]", b'{"text":5}', b'{"text":"\\ud800"}', b'{"text":NaN}', b"[" * 1_000, b"{"]
 
 

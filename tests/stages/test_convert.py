@@ -18,6 +18,8 @@ from groundup.stages.convert import read_pth
 
 from .conftest import groundup, refusal
 
+pytestmark = pytest.mark.costly
+
 MINIMIND = Path(__file__).parents[3] / "shared" / "data" / "minimind"
 SHAPE = {"rope_theta": 1e6, "max_position_embeddings": 32768, "head_dim": 12}
 

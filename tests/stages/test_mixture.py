@@ -9,6 +9,8 @@ from groundup.base.files import read_json
 
 from .conftest import WORDS, groundup, made_text, refusal, tiny_recipe
 
+pytestmark = pytest.mark.costly
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -37,6 +37,7 @@ def random_texts(count, seed=0):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.costly
 def test_round_trip_of_valid_strings(tokenizer_folder, pattern):
     tokenizer = TextTokenizer(tokenizer_folder(pattern))
     texts = [*AWKWARD, *random_texts(20_000, seed=PATTERNS.index(pattern))]
@@ -111,6 +112,7 @@ RUNS = {"a": "a", "_": "_", "space": " ", "digit": "7", "emoji": "👩\u200d", "
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.costly
 def test_time_is_linear_in_long_runs_of_one_character(tokenizer_folder, name, pattern):
     tokenizer = TextTokenizer(tokenizer_folder(pattern))
     seconds = {}

@@ -147,6 +147,7 @@ def test_nothing_that_is_said_becomes_a_control_token(encoder, role):
 
 @needs_minimind
 @pytest.mark.parametrize("role", ROLES)
+@pytest.mark.costly
 def test_nothing_that_is_said_becomes_a_control_token_of_minimind(minimind, role):
     assert len(minimind.tokenizer.added_tokens) > 20 and "<think>" in minimind.tokenizer.added_tokens
     check_forgeries(minimind, role)

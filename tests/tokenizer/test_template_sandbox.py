@@ -10,6 +10,8 @@ from groundup.base.errors import ConfigError, DataError
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, _GenerationTag
 from groundup.tokenizer.template_sandbox import CountingEnvironment, TemplateDoesTooMuch, render
 
+pytestmark = pytest.mark.costly
+
 CHAT = [
     {"role": "system", "content": "Be kind <b>."},
     {"role": "user", "content": "What is 2 + 2?"},

@@ -12,6 +12,8 @@ from groundup.train.run import TrainingRun
 
 from .test_run import StopAt, bits
 
+pytestmark = pytest.mark.costly
+
 SCHEDULED = {"sample_every": "1 steps", "sample_prompts": ("x",), "checkpoint_every": "4 steps", "optimizer": "adamw"}
 KINDS = {
     "rslora": {"use_rslora": True, "lora_dropout": 0.1},

@@ -8,6 +8,8 @@ from groundup.proof import bad_number_trials
 from groundup.proof.bad_number_trials import PLACES, bad_number_trial, write_tokens
 from groundup.train.engine import TorchEngine
 
+pytestmark = pytest.mark.costly
+
 
 @pytest.fixture
 def tokens(tmp_path):

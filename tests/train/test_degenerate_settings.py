@@ -10,6 +10,8 @@ from groundup.proof.tiny_job import tiny_config
 from groundup.train.config import TrainConfig
 from groundup.train.run import TrainingRun
 
+pytestmark = pytest.mark.costly
+
 
 @pytest.mark.parametrize(
     ("name", "value"),

@@ -8,6 +8,8 @@ import torch
 from groundup.train.run import TrainingRun
 from groundup.train.validation import validation_figures
 
+pytestmark = pytest.mark.costly
+
 SHORT = {"duration": "5 steps", "ema_decay": 0.9, "validate_every": "2 steps"}
 
 

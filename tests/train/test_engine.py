@@ -42,6 +42,7 @@ def flat(tensors):
 
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.costly
 def test_gradients_do_not_depend_on_the_micro_batch(make_model, seed, lanes):
     model = make_model()
     batch = ragged_batch(seed)
@@ -58,6 +59,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(make_model, seed, lanes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.costly
 def test_lanes_change_no_bit(make_model, dtype):
     """Micro-batches are summed in their order, whichever is done first."""
     states = []
@@ -185,6 +187,7 @@ def run_steps(engine, first, last):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.costly
 def test_a_restored_state_goes_on_bit_for_bit(make_model, optimizer, dtype):
     one, other = (make_engine(make_model(seed=seed), optimizer=optimizer, dtype=dtype) for seed in (0, 1))
     run_steps(one, 0, 3)

@@ -11,6 +11,8 @@ from groundup.base.errors import Preempted
 from groundup.optim.lr_law import adamw_lr
 from groundup.train.run import TrainingRun
 
+pytestmark = pytest.mark.costly
+
 SHORT = {
     "duration": "5 steps",
     "warmup": "1 steps",

@@ -15,6 +15,8 @@ from groundup.data.packing import PackedDocuments
 from groundup.data.token_store import TokenStore, TokenWriter
 from groundup.train.run import TrainingRun
 
+pytestmark = pytest.mark.costly
+
 KEPT = Path(__file__).parent / "loss_curve.json"
 TOLERANCE = 2e-2
 """Relative. Processors add in another order, and 50 steps enlarge that."""

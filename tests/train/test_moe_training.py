@@ -15,6 +15,8 @@ from groundup.parallel.world import World
 from groundup.train.engine import TorchEngine
 from groundup.train.run import TrainingRun
 
+pytestmark = pytest.mark.costly
+
 WORK = Path(__file__).with_name("work_of_ranks.py")
 spec = importlib.util.spec_from_file_location("work_of_ranks", WORK)
 work = importlib.util.module_from_spec(spec)

@@ -11,6 +11,8 @@ from groundup.optim.config import OptimConfig
 from groundup.train.engine import TorchEngine
 from groundup.train.saving import checkpoint_bytes
 
+pytestmark = pytest.mark.costly
+
 OPTIMIZERS = {
     "muon": {"optimizer": "muon"},
     "adamw": {"optimizer": "adamw", "embedding_lr": 1e-3, "decay_embeddings": True},

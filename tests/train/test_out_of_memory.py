@@ -13,6 +13,8 @@ from groundup.parallel.world import World
 from groundup.train.out_of_memory import is_out_of_memory
 from groundup.train.run import TrainingRun
 
+pytestmark = pytest.mark.costly
+
 
 @pytest.fixture
 def refuse_memory(monkeypatch):

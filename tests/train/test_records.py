@@ -13,6 +13,8 @@ from groundup.proof.power_loss import every_prefix, rebuild, replay
 from groundup.proof.recording_disk import RecordingDisk
 from groundup.train.records import JsonLines
 
+pytestmark = pytest.mark.costly
+
 
 def test_lines_are_appended_and_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"

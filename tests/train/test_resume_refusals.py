@@ -11,6 +11,8 @@ from groundup.base.errors import CheckpointError, ConfigError, DoesNotFit, Preem
 from groundup.train.run import TrainingRun
 from groundup.train.saving import most_checkpoints
 
+pytestmark = pytest.mark.costly
+
 SAVED = {"checkpoint_every": "3 steps", "keep_checkpoints": 4}
 
 

@@ -66,6 +66,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.costly
 def test_an_interrupted_run_ends_with_the_bits_of_an_unbroken_one(make_job, make_model, mode):
     changes = SCHEDULED | MODES[mode]
 
@@ -116,6 +117,7 @@ def test_a_second_interrupt_stops_at_once(make_job):
 
 
 @pytest.mark.parametrize("every", [None, "11 steps", "1 steps"])
+@pytest.mark.costly
 def test_a_finished_run_stands(make_job, every):
     """Also where the interval's last save falls on the last step."""
     job = make_job("run", checkpoint_every=every)

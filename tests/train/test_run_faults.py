@@ -20,6 +20,8 @@ from groundup.base.signals import StopRequest
 from groundup.train.engine import StepAbandoned
 from groundup.train.run import TrainingRun
 
+pytestmark = pytest.mark.costly
+
 SCHEDULED = {"checkpoint_every": "4 steps", "validate_every": "3 steps", "sample_every": "2 steps"}
 
 

@@ -16,6 +16,8 @@ from groundup.train.loop import training_steps
 from groundup.train.run import TrainingRun
 from groundup.train.scaler import MAX_SCALE, MIN_SCALE, LossScaler
 
+pytestmark = pytest.mark.costly
+
 
 def test_scale_moves_as_that_of_torch():
     generator, ours = torch.Generator().manual_seed(0), LossScaler()
