@@ -8,11 +8,14 @@ import torch
 from device_reads import DeviceReads
 
 from groundup.data.rows import RowBatch
+from groundup.model import expert_product
 from groundup.model.loss import IGNORE_INDEX
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
 from groundup.train.engine import TorchEngine
 from groundup.train.loop import training_steps
+
+pytestmark = pytest.mark.costly
 
 
 def batch_of(seed):
@@ -56,6 +59,41 @@ def reads_of_a_step(model, make_guard, *, dtype=torch.float32, **changes):
 def test_a_step_of_four_micro_batches_waits_once(make_model, make_guard, dtype, optimizer):
     names = reads_of_a_step(make_model(), make_guard, dtype=dtype, optimizer=optimizer, max_grad_norm=0.1)
     assert names == ["tolist"], names
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SPARSE = {
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 16},
+    "dots1": EXPERTS | {"moe_intermediate_size": 16, "n_shared_experts": 1},
+}
+
+
+@pytest.fixture
+def ends_read(monkeypatch):
+    """How often the ends of the experts' rows were read: inside an operator, where no mode sees it."""
+    honest, calls = expert_product._runs, []
+    monkeypatch.setattr(expert_product, "_runs", lambda ends: [honest(ends), calls.append(ends)][0])
+    return calls
+
+
+@pytest.mark.parametrize("model_type", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_experts_wait_for_nothing(make_model, make_guard, ends_read, dtype, model_type):
+    """The router's choice, the sorting and the grouped product stay on the device, and so does the balance."""
+    model = make_model(model_type=model_type, **SPARSE[model_type])
+    assert reads_of_a_step(model, make_guard, dtype=dtype) == ["tolist"] and not ends_read
+
+
+def test_experts_one_after_the_other_wait(make_model, make_guard, ends_read):
+    """What rows that are no multiple of 16 bytes cost, and fp32 on CUDA."""
+    model = make_model(model_type="qwen3_moe", **SPARSE["qwen3_moe"])
+    for block in model.model.layers:
+        block.mlp.experts.maker = "looped"
+    reads_of_a_step(model, make_guard)
+    num_micro_batches, num_layers = 4, 2
+    # two products, each once forward and twice backward
+    assert len(ends_read) == 3 * num_micro_batches * num_layers * 2 * 3
 
 
 @pytest.mark.parametrize(
