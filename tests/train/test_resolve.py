@@ -143,7 +143,7 @@ def test_more_ranks_than_cuda_devices_are_refused(make_config, monkeypatch):
 
 def test_fp16_on_a_cpu_is_refused_with_what_works(make_config):
     with pytest.raises(
-        ConfigError, match=r"E-COMBINATION: precision: fp16 with device: cpu: .*slower.*Use precision auto"
+        ConfigError, match=r"E-COMBINATION: precision: fp16 with device: cpu: .*slower.*Set precision: auto"
     ):
         resolved(make_config(precision="fp16"))
 
@@ -230,9 +230,9 @@ def test_attention_on_cuda_follows_what_flash_attention_has(
 @pytest.mark.parametrize(
     ("attention", "precision", "device", "words"),
     [
-        ("varlen", "bf16", "cpu", "a CPU has no kernel for its backward pass. Use attention auto: chunked or sdpa"),
-        ("flex", "fp32", "cpu", "a CPU has no kernel for its backward pass. Use attention auto: chunked or sdpa"),
-        ("varlen", "fp32", "cuda", "FlashAttention computes in bf16 and fp16 alone. Use attention flex or sdpa"),
+        ("varlen", "bf16", "cpu", "a CPU has no kernel for its backward pass. Set attention: auto"),
+        ("flex", "fp32", "cpu", "a CPU has no kernel for its backward pass. Set attention: auto"),
+        ("varlen", "fp32", "cuda", "FlashAttention computes in bf16 and fp16 alone. Set attention: flex"),
     ],
 )
 def test_attention_that_cannot_train_is_refused_with_what_can(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from groundup.corpus.storage import explain_full_disk
 from groundup.stages.clean import clean
+from groundup.stages.config import FinetuneConfig
 from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
 from groundup.stages.finetune import finetune
 from groundup.stages.merge import merge
@@ -14,6 +15,9 @@ from groundup.stages.report import make_report
 from groundup.stages.tokenize import tokenize
 from groundup.stages.train_tokenizer import train_tokenizer
 from groundup.stages.work import Work
+from groundup.train.combinations import combination_of, refuse_clash
+from groundup.train.config import TrainConfig
+from groundup.train.resolve import device_of
 
 LEAST_ROOM_BYTES = 1 << 20
 """What is said to be missing where nobody knows better."""
@@ -53,12 +57,30 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def run_stages(work: Work, names: Iterable[str]) -> None:
-    """Run some stages under the run's lock; the resolved recipe is written beside them."""
+    """Run some stages under the run's lock; the resolved recipe is written beside them.
+
+    Raises ConfigError, before any of them, for a section that asks for what does not train.
+    """
+    names = list(names)
+    for name in names:
+        if name in TRAINING:
+            _refuse_clash(work, name)
     with work.world.connected(), _locked_by_first(work):
-        for name in work.world.broadcast(list(names)):
+        for name in work.world.broadcast(names):
             if work.world.is_first or name in TRAINING:
                 STAGES[name](work)
             work.world.barrier()
+
+
+def _refuse_clash(work: Work, stage: str) -> None:
+    """A table looks at a training section; of a model that comes from elsewhere it knows nothing."""
+    recipe = work.recipe
+    section: TrainConfig | None = getattr(recipe, stage)
+    if section is None:
+        return
+    shape = None if isinstance(section, FinetuneConfig) and section.init_from != "auto" else recipe.model
+    combination = combination_of(section, shape, device=device_of(section), num_ranks=work.world.size)
+    refuse_clash(combination, where=stage)
 
 
 @contextmanager

@@ -2,28 +2,42 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from groundup.adapters.config import AdapterConfig
+from groundup.base.config import Config
 from groundup.base.errors import ConfigError
 from groundup.model.config import ModelConfig
 from groundup.train.config import TrainConfig
 
 Combination = Mapping[str, str]
-"""What was chosen, by the names of AXES."""
+"""What was chosen, by the names of AXES; `auto` clashes with nothing."""
 ON, OFF = "on", "off"
 ONE, SEVERAL = "one", "several"
-AXES = (
-    "device",
-    "ranks",
-    "model_type",
-    "adapter",
-    "precision",
-    "optimizer",
-    "attention",
-    "compile",
-    "dropout",
-    "activation_checkpointing",
-)
+
+
+def _choices(config: type[Config], name: str) -> tuple[str, ...]:
+    """What a field may be, `auto` apart."""
+    annotation = config.model_fields[name].annotation
+    return tuple(value for value in get_args(annotation) if isinstance(value, str) and value != "auto")
+
+
+SWITCHES = ("compile", "dropout", "ema_decay", "z_loss", "label_smoothing", "use_dora", "sliding_window")
+"""Fields that are on or off here, whatever number they hold."""
+AXES: Mapping[str, tuple[str, ...]] = {
+    "device": ("cpu", "cuda"),
+    "ranks": (ONE, SEVERAL),
+    "model_type": _choices(ModelConfig, "model_type"),
+    **{name: _choices(AdapterConfig, name) for name in ("adapter", "nf4_maker", "init_lora_weights")},
+    **{
+        name: _choices(TrainConfig, name)
+        for name in ("precision", "optimizer", "adamw_8bit_maker", "attention", "activation_checkpointing")
+    },
+    **dict.fromkeys(SWITCHES, (OFF, ON)),
+}
+"""Everything that might clash, and what it may be."""
+APART = ("schedule", "decay_shape", "on_nonfinite", "on_spike")
+"""Choices of a training section that only decide numbers of the loop: they go with everything."""
 
 
 @dataclass(frozen=True)
@@ -33,52 +47,50 @@ class Rule:
     choices: Mapping[str, str]
     """Value by axis; several values are separated by |."""
     why: str
-    next: str
-    """The nearest that works."""
+    instead: Mapping[str, str]
+    """The nearest that works: other values for some of the axes."""
 
     def forbids(self, combination: Combination) -> bool:
         """Whether every choice of the rule is made."""
         return all(combination.get(axis) in values.split("|") for axis, values in self.choices.items())
-
-    def words(self, combination: Combination) -> str:
-        """The choices as lines of a recipe."""
-        return " with ".join(f"{axis}: {combination[axis]}" for axis in self.choices)
 
 
 RULES = (
     Rule(
         {"precision": "fp16", "device": "cpu"},
         "a CPU multiplies fp16 a hundred times slower than fp32",
-        "use precision auto: bf16 on a CPU that is fast at it, else fp32",
+        {"precision": "auto"},
     ),
     Rule(
         {"attention": "varlen|flex", "device": "cpu"},
         "a CPU has no kernel for its backward pass",
-        "use attention auto: chunked or sdpa",
+        {"attention": "auto"},
     ),
     Rule(
         {"attention": "varlen", "precision": "fp32"},
         "FlashAttention computes in bf16 and fp16 alone",
-        "use attention flex or sdpa, or precision bf16",
+        {"attention": "flex"},
     ),
 )
 
 
-def combination_of(config: TrainConfig, shape: ModelConfig, *, device: str, num_ranks: int) -> Combination:
-    """The combination a training section asks for; what is still `auto` clashes with nothing."""
+def combination_of(config: TrainConfig, shape: ModelConfig | None, *, device: str, num_ranks: int) -> Combination:
+    """The combination a training section asks for; of a model that is not known yet, nothing is said."""
     adapter = config if isinstance(config, AdapterConfig) else AdapterConfig()
-    return {
-        "device": device,
-        "ranks": SEVERAL if num_ranks > 1 else ONE,
-        "model_type": shape.model_type,
-        "adapter": adapter.adapter,
-        "precision": config.precision,
-        "optimizer": config.optimizer,
-        "attention": config.attention,
-        "compile": "auto" if config.compile == "auto" else ON if config.compile else OFF,
-        "dropout": ON if config.dropout > 0 or (adapter.adapter != "none" and adapter.lora_dropout > 0) else OFF,
-        "activation_checkpointing": config.activation_checkpointing,
-    }
+    parts = (config, adapter, *([] if shape is None else [shape]))
+    values = {name: _word(getattr(part, name)) for part in parts for name in AXES if name in type(part).model_fields}
+    if adapter.adapter == "none":
+        values = {name: value for name, value in values.items() if name not in ("nf4_maker", "init_lora_weights")}
+    elif adapter.lora_dropout > 0:
+        values["dropout"] = ON
+    return values | {"device": device, "ranks": SEVERAL if num_ranks > 1 else ONE}
+
+
+def _word(value: object) -> str:
+    """A setting as a value of its axis."""
+    if isinstance(value, str):
+        return value
+    return ON if value else OFF
 
 
 def clash(combination: Combination) -> Rule | None:
@@ -90,4 +102,14 @@ def refuse_clash(combination: Combination, *, where: str = "") -> None:
     """Raise ConfigError for a combination that does not train, with the reason and the nearest that does."""
     rule = clash(combination)
     if rule is not None:
-        raise ConfigError("E-COMBINATION", what=f"{rule.words(combination)}: {rule.why}", where=where, next=rule.next)
+        raise ConfigError(
+            "E-COMBINATION",
+            what=f"{_lines({axis: combination[axis] for axis in rule.choices})}: {rule.why}",
+            where=where,
+            next=f"set {_lines(rule.instead)}",
+        )
+
+
+def _lines(choices: Combination) -> str:
+    """Choices as lines of a recipe."""
+    return " with ".join(f"{axis}: {value}" for axis, value in choices.items())

@@ -18,7 +18,7 @@ from groundup.optim.eight_bit import eight_bit_maker
 from groundup.optim.lr_law import settled
 from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.world import World
-from groundup.train.combinations import refuse_clash
+from groundup.train.combinations import combination_of, refuse_clash
 from groundup.train.config import TrainConfig
 from groundup.train.fit import fitting_rows, memory_of_a_rank, training_of
 
@@ -92,6 +92,17 @@ class Resolved:
         return config.model_copy(update={name: getattr(self, name) for name in ("lr", "muon_lr", "adamw_8bit_maker")})
 
 
+def device_of(config: TrainConfig) -> str:
+    """Where a section trains: cpu or cuda. Raises ConfigError for CUDA that torch does not see."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "E-CONFIG-DEVICE", what="device cuda, but torch sees no CUDA device", next="use device cpu or auto"
+        )
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
 def resolve(
     config: TrainConfig,
     *,
@@ -115,13 +126,7 @@ def resolve(
             next=f"use {nearest}",
         )
     batch_rows = config.batch_size_tokens // config.row_length
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "E-CONFIG-DEVICE", what="device cuda, but torch sees no CUDA device", next="use device cpu or auto"
-        )
+    device = device_of(config)
     if device == "cuda" and num_local > torch.cuda.device_count():
         raise ConfigError(
             "E-CONFIG-DEVICE",
@@ -140,7 +145,8 @@ def resolve(
             what=f"attention varlen with heads of {shape and shape.head_size}: FlashAttention has multiples of 8 up to 256",
             next="use attention auto, or another head_dim",
         )
-    refuse_clash({"device": device, "precision": precision, "attention": attention, "optimizer": config.optimizer})
+    asked = combination_of(config, shape, device=device, num_ranks=num_ranks)
+    refuse_clash({**asked, "precision": precision, "attention": attention})
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
     optim = settled(config, num_parameters=matrix_parameters, batch_size_tokens=config.batch_size_tokens)
