@@ -64,6 +64,7 @@ class Figure:
 
 STAGE_FIGURES = (
     Figure("num_parameters", "parameters", numbers.short),
+    Figure("num_active_parameters", "parameters at work for a token", numbers.short),
     Figure("tokens", "tokens seen", numbers.short),
     Figure("seconds", "time", numbers.duration),
     Figure("bits_per_byte", "bits per byte", numbers.three_decimals, "bits_per_byte_before"),

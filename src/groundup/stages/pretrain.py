@@ -96,8 +96,14 @@ def pretrain(work: Work) -> dict[str, Any]:
     if not work.world.is_first:
         return outcome.figures
     save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
-    summary = {"num_parameters": model.num_parameters(), **outcome.figures, "stage_seconds": time.monotonic() - began}
-    summary["packing"] = packing
+    summary = {
+        "num_parameters": model.num_parameters(),
+        **outcome.figures,
+        "stage_seconds": time.monotonic() - began,
+        "packing": packing,
+    }
+    if shape.num_experts is not None:
+        summary["num_active_parameters"] = model.num_active_parameters()
     if isinstance(rows.train, MixedRows):
         summary["sources"] = source_figures(rows.train, summary["steps"] * batch_rows)
     write_summary(attempt.folder, summary)
@@ -145,8 +151,10 @@ def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per
     """One line on what is about to be trained, with every `auto` resolved."""
     resolved, config = training.resolved, training.config
     epochs = resolved.total_steps * resolved.batch_rows / rows_per_epoch
+    num_active = training.job.model.num_active_parameters()
+    at_work = f" ({num_active:,} at work for a token)" if num_active < num_parameters else ""
     return (
-        f"{name}  {num_parameters:,} parameters  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "
+        f"{name}  {num_parameters:,} parameters{at_work}  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "
         f"({epochs:.2f} epochs)  {resolved.device} {resolved.precision} {resolved.attention}, "
         f"{resolved.num_lanes} micro-batch{'es' if resolved.num_lanes > 1 else ''} of {resolved.micro_batch_rows} × "
         f"{config.row_length} at once, "
