@@ -6,6 +6,8 @@ import torch
 from benchmarks import gpu_checks, gpu_kernels, gpu_runs
 from groundup.model.makers import MAKERS
 
+pytestmark = pytest.mark.costly
+
 
 @pytest.fixture
 def run(capsys):

@@ -49,7 +49,7 @@ class RowBatch:
         return RowBatch(
             self.tokens_BT[begin:end],
             labels_BT,
-            Segments(self.segments.starts_BT[begin:end]),
+            Segments(self.segments.starts_BT[begin:end], self.segments.max_documents),
             sum(counts) if self.counts else int((labels_BT != IGNORE_INDEX).sum()),
             counts,
             sources and RowSources(sources.names, sources.numbers[begin:end], sources.numbers_B[begin:end]),

@@ -22,6 +22,8 @@ PEAK_SECONDS = 0.6
 """Longest that measuring takes, all products together."""
 PROBE_FLOPS = 4e9
 """Operations of one product at most: a fifth of a second on a slow core."""
+CUDA_PROBE_FLOPS = 4e12
+"""The same on a GPU: milliseconds, beside which starting and waiting are nothing."""
 
 
 class Meter:
@@ -92,7 +94,8 @@ def matrix_peak(shape: ModelConfig, *, tokens: int, dtype: torch.dtype, device: 
 
 def _rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: str, seconds: float) -> float:
     """Best of as many products as fit into the time; the first warms up."""
-    rows = max(64, min(tokens, int(PROBE_FLOPS / (2 * inputs * outputs))))
+    probe = PROBE_FLOPS if device == "cpu" else CUDA_PROBE_FLOPS
+    rows = max(64, min(tokens, int(probe / (2 * inputs * outputs))))
     left = torch.full((rows, inputs), 0.5, dtype=dtype, device=device)
     right = torch.full((outputs, inputs), 0.5, dtype=dtype, device=device)
     ends, best = time.perf_counter() + seconds, float("inf")

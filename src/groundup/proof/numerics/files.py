@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from groundup.base.log import Log
+from groundup.base.machine import quiet_imports
 from groundup.checkpoint.huggingface import load_model, save_model
 from groundup.checkpoint.store import CheckpointStore
 from groundup.model.cache import KVCache
@@ -46,14 +47,16 @@ def cached_equals_uncached(subject: Subject) -> Figure:
 @torch.no_grad()
 def ours_equals_transformers(subject: Subject) -> Figure:
     """The exported directory, loaded by `transformers` in fp32, gives our logits."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    with quiet_imports():
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
     model, tokens_BT = subject.model().eval(), subject.rows(2).tokens_BT
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         _export(model, Path(folder))
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(subject.device)
+        with quiet_imports():  # transformers imports more when it is first asked for a class
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(subject.device)
     return Figure(distance([model.logits(tokens_BT)], [theirs(tokens_BT).logits]), 1e-4)
 
 
