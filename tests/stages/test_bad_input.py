@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from groundup.base.files import read_json
+from groundup.train import combinations
 
 from .conftest import chat_row, groundup, model_hashes, refusal, tiny_recipe, write_chats
 
@@ -186,6 +187,25 @@ def test_a_batch_that_its_rows_do_not_divide_names_the_nearest(way, tmp_path):
     if not torch.cuda.is_available():
         said = refusal("pretrain", way / "tiny.yaml", "--runs-dir", tmp_path / "runs", "--pretrain.device", "cuda")
         assert said.code == 2 and "E-CONFIG-DEVICE" in said.err
+
+
+def test_what_does_not_train_is_refused_before_the_first_stage(way, tmp_path):
+    asked = ("run", way / "tiny.yaml", "--lora.precision", "fp16")
+    said = refusal(*asked, "--runs-dir", tmp_path / "runs")
+    assert said.code == 2 and "E-COMBINATION: precision: fp16 with device: cpu" in said.err
+    assert "at lora. Set precision: auto" in said.err
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").rglob("corpus"))
+
+
+def test_a_finished_stage_is_not_asked_whether_it_trains_here(way, tmp_path, monkeypatch):
+    """What was trained on another machine stands, whatever this one could not train."""
+    shutil.copytree(way / "runs", tmp_path / "runs")
+    monkeypatch.setattr(combinations, "RULES", (combinations.Rule({"device": "cpu"}, "it is a test", {}),))
+    said = groundup("run", way / "tiny.yaml", "--runs-dir", tmp_path / "runs")
+    assert said.code == 0 and "pretrain  unchanged" in said.out, said
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "lora")
+    said = refusal("run", way / "tiny.yaml", "--runs-dir", tmp_path / "runs")
+    assert "E-COMBINATION: device: cpu: it is a test at lora" in said.err
 
 
 def test_talk_and_eval_refuse_a_tokenizer_that_does_not_fit(way, tokenizer_folder, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from groundup.optim.config import OptimConfig
 from groundup.parallel.world import World
 from groundup.proof.tiny_job import write_tiny_tokens
 from groundup.train import combinations
-from groundup.train.combinations import APART, AXES, ON, RULES, Rule, clash, combination_of, refuse_clash
+from groundup.train.combinations import AXES, ON, RULES, Rule, clash, combination_of, refuse_clash
 from groundup.train.config import TrainConfig
 
 pytestmark = pytest.mark.costly
@@ -27,6 +27,8 @@ FAST = ON_A_CPU | {
     "adamw_8bit_maker": ("torchao", "bitsandbytes"),
 }
 """Orthogonal starts and the faster PiSSAs differ from these in nothing but the start."""
+APART = ("schedule", "decay_shape", "on_nonfinite", "on_spike")
+"""Choices of a training section that only decide numbers of the loop: they go with everything."""
 SHARED_BY_RANKS = ("model_type", "adapter", "optimizer", "adamw_8bit_maker", "ema_decay", "z_loss", "label_smoothing")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from groundup.base.artifact import read_manifest
 from groundup.corpus.storage import explain_full_disk
 from groundup.stages.clean import clean
 from groundup.stages.config import FinetuneConfig
@@ -59,11 +60,11 @@ def stages_of(recipe: Recipe) -> list[str]:
 def run_stages(work: Work, names: Iterable[str]) -> None:
     """Run some stages under the run's lock; the resolved recipe is written beside them.
 
-    Raises ConfigError, before any of them, for a section that asks for what does not train.
+    Raises ConfigError, before any of them, for a section still to be trained that asks for what does not train.
     """
     names = list(names)
     for name in names:
-        if name in TRAINING:
+        if name in TRAINING and read_manifest(work.path(name)) is None:
             _refuse_clash(work, name)
     with work.world.connected(), _locked_by_first(work):
         for name in work.world.broadcast(names):

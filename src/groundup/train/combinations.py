@@ -36,8 +36,6 @@ AXES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(SWITCHES, (OFF, ON)),
 }
 """Everything that might clash, and what it may be."""
-APART = ("schedule", "decay_shape", "on_nonfinite", "on_spike")
-"""Choices of a training section that only decide numbers of the loop: they go with everything."""
 
 
 @dataclass(frozen=True)
