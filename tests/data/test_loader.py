@@ -15,6 +15,7 @@ from groundup.base.errors import DataError
 from groundup.data import loader
 from groundup.data.loader import prefetched_batches
 from groundup.model.loss import IGNORE_INDEX
+from groundup.model.segments import Segments
 
 
 class Numbers:
@@ -99,3 +100,10 @@ def test_a_slice_reads_no_label_where_the_counts_are_known():
     batch = next(prefetched_batches(Numbers(), batch_rows=3, first_step=0, last_step=1))
     unread = replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORE_INDEX))
     assert unread.slice(0, 2).num_loss_tokens == 4 and replace(unread, counts=()).slice(0, 2).num_loss_tokens == 0
+
+
+def test_a_slice_keeps_the_room_that_was_counted_for_its_documents():
+    """Else the documents of a micro-batch on a device take a place a token."""
+    batch = next(prefetched_batches(Numbers(), batch_rows=3, first_step=0, last_step=1))
+    counted = replace(batch, segments=Segments(batch.segments.starts_BT, 5))
+    assert counted.slice(0, 2).segments.max_documents == 5
