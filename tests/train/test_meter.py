@@ -112,6 +112,13 @@ def test_measuring_the_peak_takes_less_than_a_second():
     assert time.process_time() - began < 2.0, "processor seconds: others may use the machine"
 
 
+def test_a_gpu_multiplies_long_enough_between_two_waits():
+    """4e12 operations, by whole products of the step's own rows."""
+    assert meter._probe(16_384, 2 * 512 * 1408, "cuda") == (16_384, 169)
+    assert meter._probe(1 << 20, 2 * 8192 * 8192, "cuda") == (1 << 20, 1)
+    assert meter._probe(16_384, 2 * 512 * 1408, "cpu") == (2774, 1)
+
+
 def test_only_long_runs_are_measured(make_config, monkeypatch):
     measured = []
     monkeypatch.setattr(meter, "matrix_peak", lambda *arguments, **named: measured.append(named) or 1e12)

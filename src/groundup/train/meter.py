@@ -23,7 +23,7 @@ PEAK_SECONDS = 0.6
 PROBE_FLOPS = 4e9
 """Operations of one product at most: a fifth of a second on a slow core."""
 CUDA_PROBE_FLOPS = 4e12
-"""The same on a GPU: milliseconds, beside which starting and waiting are nothing."""
+"""Operations between two waits on a GPU: milliseconds, beside which starting and waiting are nothing."""
 
 
 class Meter:
@@ -93,9 +93,8 @@ def matrix_peak(shape: ModelConfig, *, tokens: int, dtype: torch.dtype, device: 
 
 
 def _rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: str, seconds: float) -> float:
-    """Best of as many products as fit into the time; the first warms up."""
-    probe = PROBE_FLOPS if device == "cpu" else CUDA_PROBE_FLOPS
-    rows = max(64, min(tokens, int(probe / (2 * inputs * outputs))))
+    """Best of as many groups of products as fit into the time; the first product warms up."""
+    rows, count = _probe(tokens, 2 * inputs * outputs, device)
     left = torch.full((rows, inputs), 0.5, dtype=dtype, device=device)
     right = torch.full((outputs, inputs), 0.5, dtype=dtype, device=device)
     ends, best = time.perf_counter() + seconds, float("inf")
@@ -103,12 +102,20 @@ def _rate(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: st
     while True:
         _wait(device)
         began = time.perf_counter()
-        torch.mm(left, right.t())
+        for _ in range(count):
+            torch.mm(left, right.t())
         _wait(device)
         now = time.perf_counter()
         best = min(best, now - began)
         if now >= ends:
-            return 2.0 * rows * inputs * outputs / best
+            return 2.0 * count * rows * inputs * outputs / best
+
+
+def _probe(tokens: int, flops_per_row: int, device: str) -> tuple[int, int]:
+    """(rows of a product, products between two waits): a CPU's are small enough for a slow core, a GPU's long enough."""
+    if device == "cpu":
+        return max(64, min(tokens, int(PROBE_FLOPS / flops_per_row))), 1
+    return tokens, max(1, int(CUDA_PROBE_FLOPS / (tokens * flops_per_row)))
 
 
 def _wait(device: str) -> None:
