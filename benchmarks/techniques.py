@@ -1,9 +1,9 @@
 """What single techniques of training cost and gain, each beside the way without it.
 
-    python -m benchmarks.techniques [loss] [checkpointing] [compile] [optimizers] [experts] [products]
+    python -m benchmarks.techniques [--kind loss] [--kind experts] ...
 
-Every side runs in a process of its own, in turn, on the same random rows; time is processor time of a step's passes, so
-that what else runs on the machine weighs less. The first figure of a side is the ratio to the first side of its kind.
+Every side runs in a process of its own, in turn with the others of its kind, on the same random rows. The last column is
+the ratio of its median to that of the first side.
 """
 
 import argparse
@@ -144,7 +144,7 @@ KINDS = (*ALONE, *TRAININGS)
 def main() -> int:
     """Print a line a side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="all of them where none is named")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="all of them where none is named")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "SIDE"))
@@ -153,7 +153,7 @@ def main() -> int:
         kind, side = wanted.worker
         tell(ALONE[kind][side]() if kind in ALONE else trained(TRAININGS[kind][side], wanted.steps))
         return 0
-    for kind in wanted.kinds or KINDS:
+    for kind in wanted.kind or KINDS:
         names = list(ALONE.get(kind) or TRAININGS[kind])
         common = ["benchmarks.techniques", "--steps", str(wanted.steps), "--worker", kind]
         found = measure_in_turn({name: [*common, name] for name in names}, wanted.rounds)
