@@ -45,12 +45,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     recipe, run = work.recipe, work.run
     config = section_of(work, stage)
     base = base_model(work, stage)
-    inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
-    if config.adapter_from is not None:
-        inputs["first adapter"] = sha256_of(find_adapter(config.adapter_from) / "adapter_model.safetensors")
-    inputs |= forgetting_hash(work, config)
-    if config.replay_every is not None:
-        inputs["replayed text"] = run.committed("tokens").output_hash("train-")
+    inputs = _inputs(work, config, base)
     template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
     settings = {"seed": recipe.seed, stage: numerics(config), "template": template}
     attempt = work.begin_training(StageKey(stage, CODE_VERSION, settings, inputs))
@@ -113,14 +108,9 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     if adaptation is not None:
         adaptation.save(attempt.folder / "adapter", outcome.weights, base_hash=inputs["base"], template=template)
     else:
-        save_model(
-            attempt.folder / "model",
-            model,
-            outcome.weights,
-            tokenizer,
-            eos_token_ids=[tokenizer.end_of_turn_id, tokenizer.end_of_text_id],
-        )
-        (attempt.folder / "model" / "chat_template.jinja").write_text(template, encoding="utf-8")
+        folder, ends = attempt.folder / "model", [tokenizer.end_of_turn_id, tokenizer.end_of_text_id]
+        save_model(folder, model, outcome.weights, tokenizer, eos_token_ids=ends)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     summary = {
         "num_parameters": num_parameters,
         "vocabulary_padding": padding,
@@ -141,6 +131,17 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         f"{summary['tokens_per_second']:,.0f} tokens/s  {summary['seconds']:.1f} s"
     )
     return summary
+
+
+def _inputs(work: Work, config: FinetuneConfig, base: Path) -> dict[str, Any]:
+    """Hashes of all that a fine-tuning reads."""
+    inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
+    if config.adapter_from is not None:
+        inputs["first adapter"] = sha256_of(find_adapter(config.adapter_from) / "adapter_model.safetensors")
+    inputs |= forgetting_hash(work, config)
+    if config.replay_every is not None:
+        inputs["replayed text"] = work.run.committed("tokens").output_hash("train-")
+    return inputs
 
 
 def _forgets(work: Work, audit: Audit | None) -> NumericsError | None:
