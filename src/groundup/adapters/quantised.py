@@ -111,7 +111,8 @@ class BitsandbytesLinear(PackedLinear):
     packed: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        from bitsandbytes.functional import quantize_4bit  # an extra
+        with quiet_imports():
+            from bitsandbytes.functional import quantize_4bit  # an extra
 
         super().__init__(linear)
         packed, self._state = quantize_4bit(
@@ -205,7 +206,8 @@ def _is_packed(model: nn.Module, parameter: str) -> bool:
 
 def _need_bitsandbytes() -> None:
     try:
-        import bitsandbytes  # noqa: F401
+        with quiet_imports():
+            import bitsandbytes  # noqa: F401
     except ImportError:
         raise ConfigError(
             "E-EXTRA",

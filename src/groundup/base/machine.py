@@ -123,12 +123,12 @@ def prepare_process() -> None:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Around the late import of a library that brings torchao along: its notes on files for other devices, and those
-    of torch on how torchao registers its types, are for its own makers."""
+    """Around the late import of a library that brings torchao or bitsandbytes along: their notes on files for other
+    devices and kernels of a hub, and those of torch on how torchao registers its types, are for their own makers."""
     import logging  # as above
 
     prepare_process()
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "bitsandbytes")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
