@@ -53,6 +53,12 @@ TRAININGS: dict[str, dict[str, Side]] = {
         "eager": (SMALL, {"micro_batch_rows": 4, "num_threads": 2}),
         "compiled": (SMALL, {"micro_batch_rows": 4, "num_threads": 2, "compile": True}),
     },
+    "precision": {
+        "fp32": (SHAPE, {}),
+        "bf16": (SHAPE, {"precision": "bf16"}),
+        "bf16, attention in chunks": (SHAPE, {"precision": "bf16", "attention": "chunked"}),
+        "bf16, chunks, compiled": (SHAPE, {"precision": "bf16", "attention": "chunked", "compile": True}),
+    },
     "optimizers": {
         name: (SHAPE, {"micro_batch_rows": 4, "batch_size_tokens": 8192, "optimizer": optimizer} | maker)
         for name, optimizer, maker in (

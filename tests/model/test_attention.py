@@ -94,6 +94,23 @@ def test_makers_equal_dense_over_random_shapes(monkeypatch, seed):
             assert (one - other).abs().max() <= 1e-6 * scale, f"{maker}, {length=}, {window=}"
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_chunks_as_they_are_compiled_equal_dense(monkeypatch, seed):
+    """Divided by the sum after the product; the compiler is left out, what it is given is computed."""
+    monkeypatch.setattr(makers, "_weighted_mean", lambda *_: pytest.fail("the form of eager code"))
+    monkeypatch.setattr(makers, "CHUNK", 16)
+    torch._dynamo.reset()
+    drawn = random.Random(seed)
+    inputs, segments = random_inputs(drawn.randint(1, 70), seed=seed, share=drawn.choice([0.02, 0.2, 1.0]))
+    window = drawn.choice([None, 1, 3, 20])
+    compiled = torch.compile(MAKERS["chunked"], backend="eager", fullgraph=True, dynamic=False)
+    expected = value_and_gradients(lambda inputs: compute("dense", inputs, segments, window), inputs)
+    monkeypatch.setitem(MAKERS, "chunked", compiled)
+    found = value_and_gradients(lambda inputs: compute("chunked", inputs, segments, window), inputs)
+    assert_all_equal(found, expected, f"{window=}")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("length", "block", "window"), [(37, 8, None), (37, 8, 11), (32, 16, 3), (5, 128, None)])
 @pytest.mark.costly
 def test_flex_forward_equals_dense(monkeypatch, length, block, window):
@@ -151,8 +168,8 @@ def test_blocks_of_the_flex_mask_are_those_that_hold_a_seen_pair(monkeypatch, se
 @pytest.mark.parametrize(("window", "seen"), [(None, [4, 8, 10]), (1, [4, 4, 2]), (3, [4, 6, 4]), (6, [4, 8, 7])])
 def test_chunks_read_only_keys_of_their_window(monkeypatch, window, seen):
     monkeypatch.setattr(makers, "CHUNK", 4)
-    read = []
-    monkeypatch.setattr(makers, "dense", lambda q, k, v, bias: read.append(k.shape[2]) or dense(q, k, v, bias))
+    read, honest = [], makers._weighted_mean
+    monkeypatch.setattr(makers, "_weighted_mean", lambda scores, v: read.append(v.shape[2]) or honest(scores, v))
     inputs, segments = random_inputs(10)
     chunked(*inputs, segments.bias_B1TT(torch.float32, window), window)
     assert read == seen

@@ -88,8 +88,13 @@ def divisor_of_each_lane(monkeypatch):
 
 
 def sums_in_the_order_of_arrival(monkeypatch):
-    honest, order = Lanes.map, iter([1, -1])
-    monkeypatch.setattr(Lanes, "map", lambda *arguments: list(honest(*arguments))[:: next(order)])
+    order = iter([1, -1])
+
+    def fold(self, function, merge, parts):
+        for result in list(self.map(function, parts))[:: next(order)]:
+            merge(result)
+
+    monkeypatch.setattr(Lanes, "fold", fold)
 
 
 def no_walls(monkeypatch):

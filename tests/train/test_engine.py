@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from groundup.base.errors import CheckpointError, NumericsError
@@ -70,6 +71,23 @@ def test_lanes_change_no_bit(make_model, dtype):
     for part, group in states[0].items():
         for other in states[1:]:
             assert all(torch.equal(group[name], other[part][name]) for name in group), part
+
+
+def test_lanes_share_what_is_compiled(make_model):
+    """What compiles is called by one lane first; the others find it done."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = make_model()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)  # one a lane: the compiler guards the number
+    engine = make_engine(model, rows=1, lanes=4)
+    for step in range(3):
+        engine.forward_backward(ragged_batch(step), lambda row: row)
+    torch.set_num_threads(threads)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
 
 
 @pytest.fixture

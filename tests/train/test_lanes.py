@@ -51,3 +51,46 @@ def test_an_error_in_a_lane_is_raised_to_the_caller():
 
     with pytest.raises(ValueError, match="part 0"):
         list(Lanes(2).map(fail, range(3)))
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 3])
+def test_merging_goes_in_order_one_at_a_time_in_the_lane_that_computed(num_lanes):
+    merged, merging = [], threading.Lock()
+
+    def compute(part):
+        time.sleep(0.01 * (num_lanes - part % num_lanes))  # the first of each round is done last
+        return part, threading.get_ident()
+
+    def merge(found):
+        part, thread = found
+        assert thread == threading.get_ident() and merging.acquire(blocking=False)
+        merged.append(part)
+        merging.release()
+
+    Lanes(num_lanes).fold(compute, merge, range(9))
+    assert merged == list(range(9))
+
+
+@pytest.mark.parametrize("failing", ["compute", "merge", "parts"])
+def test_after_an_error_nothing_more_is_merged_and_nobody_waits(failing):
+    merged = []
+
+    def compute(part):
+        if failing == "compute" and part == 1:
+            raise ValueError("at 1")
+        return part
+
+    def merge(part):
+        if failing == "merge" and part == 1:
+            raise ValueError("at 1")
+        merged.append(part)
+
+    def parts():
+        yield from (0, 1, 2)
+        if failing == "parts":
+            raise ValueError("at 1")
+        yield from (3, 4, 5)
+
+    with pytest.raises(ValueError, match="at 1"):
+        Lanes(3).fold(compute, merge, parts())
+    assert merged == ([0, 1, 2] if failing == "parts" else [0])

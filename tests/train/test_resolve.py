@@ -39,10 +39,14 @@ def test_a_batch_that_rows_do_not_divide_is_refused_with_the_nearest(make_config
     assert resolved(make_config(batch_size_tokens=nearest)).batch_rows == nearest // 16
 
 
-@pytest.mark.parametrize(("is_fast", "precision", "attention"), [(True, "bf16", "chunked"), (False, "fp32", "sdpa")])
-def test_precision_and_attention_follow_the_machine(monkeypatch, make_config, is_fast, precision, attention):
+@pytest.mark.parametrize(
+    ("is_fast", "compiles", "precision", "attention"),
+    [(True, True, "bf16", "chunked"), (True, False, "bf16", "sdpa"), (False, True, "fp32", "sdpa")],
+)
+def test_precision_and_attention_follow_the_machine(monkeypatch, make_config, is_fast, compiles, precision, attention):
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: is_fast)
-    found = resolved(make_config(precision="auto", attention="auto"))
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
+    found = resolved(make_config(precision="auto", attention="auto", compile=compiles))
     assert (found.precision, found.attention) == (precision, attention)
     assert found.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert resolved(make_config(precision="auto", attention="dense")).attention == "dense"
@@ -82,7 +86,7 @@ def test_lanes_share_a_batch_that_is_large_enough(monkeypatch, make_config, chan
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
     assert resolve(config, has_dropout=True, **sizes).num_lanes == 1
     monkeypatch.setattr(machine, "has_compiler", lambda: True)
-    assert resolved(config.model_copy(update={"compile": True})).num_lanes == 1
+    assert resolved(config.model_copy(update={"compile": True})).num_lanes == lanes, "compiled code is shared"
 
 
 def test_cuda_without_cuda_is_refused(monkeypatch, make_config):

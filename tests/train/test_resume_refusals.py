@@ -76,9 +76,9 @@ def test_exact_refuses_another_machine_and_a_run_that_is_marked(make_job):
     stopped(job)
     resumed = TrainingRun(job)
     assert resumed.state.step == 8
-    environment = resumed.state.environment | {"torch": "1.0", "cpu": "AVX512"}
+    environment = resumed.state.environment | {"torch": "1.0", "cpu": "SSE2"}
     resumed.state.environment = environment
-    with pytest.raises(ConfigError, match=r"E-NOT-EXACT: .*torch: 1\.0 → .*, cpu: AVX512 → ") as caught:
+    with pytest.raises(ConfigError, match=r"E-NOT-EXACT: .*torch: 1\.0 → .*, cpu: SSE2 → ") as caught:
         resumed._refuse_inexact()
     assert caught.value.exit_code == 2
     resumed.state.environment, resumed.state.num_ranks = {}, 2

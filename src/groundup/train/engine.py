@@ -1,6 +1,7 @@
 """The engine: what one optimizer step is made of. The loop knows only the Protocol."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -165,6 +166,7 @@ class TorchEngine:
         self._biases = model.balance_biases()
         self._load_LE: Tensor | None = None
         self._lanes = Lanes(num_lanes)
+        self._has_computed, self._first_call = False, threading.Lock()
         self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
         self.average = None if config.ema_decay is None else WeightAverage(self.masters, config.ema_decay)
         self._norm, self._grad_scale = 0.0, 1.0
@@ -184,6 +186,9 @@ class TorchEngine:
         while True:
             try:
                 return self._try_forward_backward(batch, seed_of, should_stop)
+            except StepAbandoned:
+                self.discard_gradients()
+                raise
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -201,7 +206,6 @@ class TorchEngine:
         def begins() -> Iterator[int]:
             for begin in share:
                 if should_stop():
-                    self.discard_gradients()
                     raise StepAbandoned
                 yield begin
 
@@ -213,13 +217,19 @@ class TorchEngine:
             totals[SOURCE_NLL] = torch.zeros(len(batch.sources.names), device=self.device)
         share = self._share(range(0, len(batch), self.micro_batch_rows))
         compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
-        for part, gradients in self._lanes.map(
-            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)), begins()
-        ):
-            for name, value in part.items():
+
+        def merge(found: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+            sums, gradients = found
+            for name, value in sums.items():
                 totals[name] += value
             for name, gradient in gradients.items():
                 self._add_gradient(name, gradient)
+
+        self._lanes.fold(
+            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)),
+            merge,
+            begins(),
+        )
         busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(list(totals.values()))
@@ -268,10 +278,13 @@ class TorchEngine:
         model with dropout has one lane."""
         if part.num_loss_tokens == 0:
             return {}, {}
-        sums = self._forward(part)
-        gradients = torch.autograd.grad(
-            self._to_minimise(sums, divisor), list(self._computing.values()), allow_unused=True
-        )
+        # what compiles compiles at its first call: the other lanes wait for it, or each would
+        with nullcontext() if self._has_computed else self._first_call:
+            sums = self._forward(part)
+            gradients = torch.autograd.grad(
+                self._to_minimise(sums, divisor), list(self._computing.values()), allow_unused=True
+            )
+            self._has_computed = True
         named = zip(self._computing, gradients, strict=True)
         return self._totals(sums, part), {name: gradient for name, gradient in named if gradient is not None}
 

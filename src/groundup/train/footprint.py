@@ -351,13 +351,15 @@ class Block:
         if self.training.attention not in ("chunked", "dense"):
             yield length * (item * (2 * queries + 2 * keys) + FP32 * heads)
             return
-        chunk = length if self.training.attention == "dense" else QUERIES_IN_A_CHUNK
+        is_dense = self.training.attention == "dense"
+        chunk = length if is_dense else QUERIES_IN_A_CHUNK
+        repeated = queries if is_dense else keys  # dense repeats keys and values for every query head
         begins = range(0, length, chunk)
         ends = [min(begin + chunk, length) for begin in begins]
         pairs = sum((end - begin) * end for begin, end in zip(begins, ends, strict=True))
         scored = query or key
         yield item * queries * length * key
-        yield item * queries * sum(ends) * (query + scored)  # keys and values, repeated for every query head
+        yield item * repeated * sum(ends) * (query + scored)
         yield heads * pairs * (FP32 * scored + (item * value if item != FP32 else FP32 * (value and not scored)))
         yield self._input_of_o()
 

@@ -52,6 +52,50 @@ class Lanes:
         finally:
             wait(at_work)  # after an error, nothing of these parts computes or holds memory any more
 
+    def fold(self, function: Callable[[Part], Result], merge: Callable[[Result], None], parts: Iterable[Part]) -> None:
+        """`merge(function(part))` of each part; merging goes part by part, in order, in the lane that computed it.
+
+        A lane merges while the others compute. After an error nothing more is merged.
+        """
+        turns = _Turns()
+
+        def compute(numbered: tuple[int, Part]) -> None:
+            number, part = numbered
+            try:
+                result = function(part)
+                turns.take(number, lambda: merge(result))
+            except BaseException:
+                turns.end()
+                raise
+
+        for _ in self.map(compute, enumerate(parts)):
+            pass
+
+
+class _Turns:
+    """Lets threads do something one after another, by number."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next, self._is_over = 0, False
+
+    def take(self, number: int, work: Callable[[], None]) -> None:
+        """Wait for the turn, work, pass it on; nothing once the turns are over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over or self._next == number)
+            if self._is_over:
+                return
+        work()
+        with self._changed:
+            self._next += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """No turn is taken any more."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+
 
 def _use_threads(num_threads: int) -> None:
     # a thread takes the process's number when it first asks, and would undo a number set before that
