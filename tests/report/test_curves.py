@@ -97,3 +97,12 @@ def test_all_charts_of_a_stage_span_its_steps():
     late = Points((1900, 2000), (1.0, 2.0))
     assert ">200<" not in draw(chart(late))
     assert ">1.2k<" in draw(chart(late, num_steps=2000))
+
+
+def test_sources_and_experts_have_charts_of_their_own(finished_run):
+    stage = read_run(finished_run).stages[0]
+    points = Points((1, 2, 3), (3.0, 2.5, 2.0))
+    mixed = replace(stage, source_loss={"books": points, "code": points}, expert_imbalance=points)
+    charts = {chart.title: chart for chart in stage_charts(mixed)}
+    assert [line.label for line in charts["Loss by source"].legend] == ["books", "code"]
+    assert charts["Busiest expert"].lines[0].points is points

@@ -91,3 +91,16 @@ def test_damaged_summary_is_a_data_error(finished_run, tmp_path):
     (run / "pretrain" / "summary.json").write_text("{")
     with pytest.raises(DataError, match="E-JSON"):
         read_run(run)
+
+
+def test_sources_and_experts_have_points(run):
+    even, uneven = [[10, 10], [10, 10]], [[10, 10], [5, 15]]
+    write(
+        run / ".attempts" / "pretrain" / "metrics.jsonl",
+        metrics(1, source_loss={"books": 3.0, "code": 2.0}, expert_load=even),
+        metrics(2, source_loss={"books": 2.5}, expert_load=uneven),
+        metrics(3, expert_load=[[0, 0]]),
+    )
+    stage = only_stage(run)
+    assert stage.source_loss["books"].values == (3.0, 2.5) and stage.source_loss["code"].steps == (1,)
+    assert (stage.expert_imbalance.steps, stage.expert_imbalance.values) == ((1, 2), (1.0, 1.5))

@@ -85,6 +85,13 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
     train_perplexity = Points(smooth.steps, tuple(math.exp(min(value, 50.0)) for value in smooth.values))
     charts = [
         Chart("Loss", "nats per token", (*_raw_and_smoothed("train", stage.loss, 0), *losses), marks=tuple(marks)),
+        Chart(
+            "Loss by source",
+            "nats per token",
+            tuple(
+                Line(name, smoothed(points), number) for number, (name, points) in enumerate(stage.source_loss.items())
+            ),
+        ),
         Chart("Perplexity", "perplexity", (Line("train", train_perplexity, 0), *perplexities), has_log_axis=True),
         Chart("Bits per byte", "bits per byte", tuple(_validation_lines(stage, "bits_per_byte"))),
         Chart(
@@ -93,6 +100,9 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
             tuple(Line(name, points, number) for number, (name, points) in enumerate(stage.lr.items())),
         ),
         Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, tuple(marks)),
+        Chart(
+            "Busiest expert", "times the mean of its layer", _raw_and_smoothed("each step", stage.expert_imbalance, 0)
+        ),
         Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2)),
         Chart("Share of peak", "share of the matrix peak", _raw_and_smoothed("each step", stage.peak_fraction, 2)),
     ]

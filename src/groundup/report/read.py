@@ -63,6 +63,10 @@ class StageRecord:
     tokens_per_second: Points
     peak_fraction: Points
     lr: Mapping[str, Points]
+    source_loss: Mapping[str, Points]
+    """Training loss of each source of a mixture."""
+    expert_imbalance: Points
+    """Tokens of the busiest expert over the mean of its layer, in the layer where that is largest; 1 is even."""
     validation: Mapping[str, Mapping[str, Points]]
     """Figure (`loss`, `perplexity`, `bits_per_byte`), then name of the validation set."""
     samples: tuple[Sample, ...]
@@ -195,12 +199,26 @@ def _stage(run: Path, name: str) -> StageRecord | None:
         tokens_per_second=_points(timing, "tokens_per_second"),
         peak_fraction=_points(timing, "peak_fraction"),
         lr={group: _points(metrics, "lr", group) for group in _names(metrics, "lr")},
+        source_loss={name: _points(metrics, "source_loss", name) for name in _names(metrics, "source_loss")},
+        expert_imbalance=_imbalance(metrics),
         validation=validation,
         samples=_samples(lines),
         events=tuple(_event(line) for line in lines if line.get("kind") != "sample"),
         examples=tuple(_example(item) for item in examples or () if isinstance(item, dict)),
         summary={key: value for key, value in summary.items() if key != "examples"},
     )
+
+
+def _imbalance(lines: list[dict[str, Any]]) -> Points:
+    steps, values = [], []
+    for line in lines:
+        load = line.get("expert_load")
+        layers = load if isinstance(load, list) else []
+        ratios = [max(layer) * len(layer) / sum(layer) for layer in layers if sum(layer)]
+        if ratios:
+            steps.append(line["step"])
+            values.append(max(ratios))
+    return Points(tuple(steps), tuple(values))
 
 
 def _samples(lines: list[dict[str, Any]]) -> tuple[Sample, ...]:
