@@ -1,0 +1,117 @@
+"""A guard against getting slower: ours beside a plain reference, in one process and in turn, by processor time.
+
+Each limit is what was measured, with room: a shared machine slows both sides of a pair alike, and the least time of several counts.
+"""
+
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from groundup.generate.config import SamplingConfig
+from groundup.generate.generator import complete
+from groundup.model.causal_lm import CausalLM
+from groundup.model.config import ModelConfig
+from groundup.model.loss import linear_cross_entropy
+from groundup.model.segments import Segments
+
+SHAPE = ModelConfig(
+    vocab_size=1024,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+ROUNDS = 7
+
+
+def ratio(ours, reference):
+    """The least processor time of ours over that of the reference; the rounds alternate."""
+    least = {}
+    for _ in range(ROUNDS):
+        for side in (ours, reference):
+            began = time.thread_time()
+            side()
+            seconds = time.thread_time() - began
+            least[side] = min(seconds, least.get(side, seconds))
+    return least[ours] / least[reference]
+
+
+def test_work_done_twice_is_seen():
+    x = torch.randn(200, 200)
+
+    def once():
+        for _ in range(20):
+            x @ x
+
+    assert 1.6 < ratio(lambda: (once(), once()), once) < 2.5
+
+
+@pytest.fixture(scope="module")
+def both():
+    """The same weights in ours and in transformers' model."""
+    import transformers
+
+    ours = CausalLM(SHAPE)
+    ours.initialize(torch.Generator().manual_seed(0))
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.Qwen3Config(
+        **SHAPE.model_dump(include={*names, "num_key_value_heads"}),
+        head_dim=SHAPE.head_size,
+        tie_word_embeddings=SHAPE.tie_word_embeddings,
+        **dict.fromkeys(("eos_token_id", "bos_token_id")),
+        pad_token_id=0,
+    )
+    theirs = transformers.Qwen3ForCausalLM(config)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    return ours, theirs
+
+
+@pytest.mark.costly
+def test_forward_and_backward_beside_transformers(both):
+    ours, theirs = both
+    tokens_BT = torch.randint(0, 1024, (4, 256), generator=torch.Generator().manual_seed(0))
+    segments = Segments.whole_rows(4, 256)
+
+    def step_of_ours():
+        loss = ours(tokens_BT, segments, tokens_BT, num_loss_tokens=tokens_BT.numel()).loss_sum
+        torch.autograd.grad(loss, list(ours.parameters()))
+
+    def step_of_theirs():
+        loss = theirs(tokens_BT, labels=tokens_BT, use_cache=False).loss
+        torch.autograd.grad(loss, list(theirs.parameters()))
+
+    assert ratio(step_of_ours, step_of_theirs) < 1.15
+
+
+@pytest.mark.costly
+def test_the_loss_in_chunks_beside_full_logits():
+    generator = torch.Generator().manual_seed(0)
+    h_BTD = torch.randn(2, 256, 128, generator=generator).requires_grad_()
+    weight_VD = torch.randn(16_384, 128, generator=generator).mul_(0.02).requires_grad_()
+    labels_BT = torch.randint(0, 16_384, (2, 256), generator=generator)
+
+    def chunked():
+        loss = linear_cross_entropy(h_BTD, weight_VD, labels_BT, labels_BT.numel()).loss_sum
+        torch.autograd.grad(loss, (h_BTD, weight_VD))
+
+    def full():
+        loss = F.cross_entropy((h_BTD @ weight_VD.t()).flatten(0, 1), labels_BT.flatten(), reduction="sum")
+        torch.autograd.grad(loss, (h_BTD, weight_VD))
+
+    assert ratio(chunked, full) < 1.6
+
+
+@pytest.mark.costly
+def test_generation_beside_transformers(both):
+    ours, theirs = both
+    prompt_BT = torch.randint(1, 1024, (1, 16), generator=torch.Generator().manual_seed(1))
+    config = SamplingConfig(temperature=0.0, max_new_tokens=24)
+
+    def generate_theirs():
+        theirs.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=24, do_sample=False)
+
+    ours.eval(), theirs.eval()
+    assert ratio(lambda: complete(ours, prompt_BT.tolist(), config, []), generate_theirs) < 0.95
