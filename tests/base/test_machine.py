@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from groundup.base import machine
 
 
@@ -30,3 +32,18 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("500\n")
     assert machine.memory_limit_bytes(tmp_path) == 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/caches"}, "/caches/groundup/compiled"),
+        ({"HOME": "/home/someone"}, "/home/someone/.cache/groundup/compiled"),
+        ({"HOME": "/home/someone", "TORCHINDUCTOR_CACHE_DIR": "/mine"}, "/mine"),
+    ],
+)
+def test_what_is_compiled_is_kept_with_the_users_caches(monkeypatch, settings, folder):
+    monkeypatch.setattr(machine.os, "environ", dict(settings))
+    monkeypatch.setenv("HOME", settings.get("HOME", "/"))
+    machine.prepare_process()
+    assert machine.os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder

@@ -115,9 +115,13 @@ def prepare_process() -> None:
     """Settings that libraries read once, when they are first imported: to be called before torch is.
 
     Waiting threads sleep instead of spinning, which costs a step up to ten times its time where another process wants
-    the cores; torchao leaves its CUDA files alone, which on a CPU only gives warnings.
+    the cores; torchao leaves its CUDA files alone, which on a CPU only gives warnings. What is compiled is kept with the
+    user's other caches, not in /tmp, so that it is compiled once and not once a boot.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(caches):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(caches, "groundup", "compiled"))
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 
