@@ -59,8 +59,10 @@ def test_rows_that_were_asked_for_are_not_changed(make_training):
         fitting_rows(SHAPE, training, limit, is_auto=False)
 
 
-def test_what_is_proposed_fits(make_training):
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_what_is_proposed_fits(monkeypatch, make_training, has_bf16):
     """Less and less memory: each proposal adds to the ones before, and the words say what was changed."""
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: has_bf16)
     training = make_training(checkpoint_every="5 steps", optimizer="adamw")
     proposals, limit = [], footprint(SHAPE, training).total
     while True:
@@ -75,7 +77,8 @@ def test_what_is_proposed_fits(make_training):
     assert order[0] == "what fits: micro_batch_rows: 1"
     assert "what fits: micro_batch_rows: 1, activation_checkpointing: block" in order
     assert "what fits: micro_batch_rows: 1, activation_checkpointing: block, optimizer: adamw_8bit" in order
-    assert any(re.search(r"checkpoint_every left out, row_length: 256$", words) for words in order)
+    others = "checkpoint_every left out, precision: bf16" if has_bf16 else "checkpoint_every left out"
+    assert any(re.search(rf"{others}, row_length: (256|128)$", words) for words in order)
 
 
 def test_memory_is_a_fact_of_the_machine(monkeypatch):

@@ -119,9 +119,10 @@ def prepare_process() -> None:
     user's other caches, not in /tmp, so that it is compiled once and not once a boot.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(caches):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(caches, "groundup", "compiled"))
+    home = os.environ.get("HOME")
+    caches = os.environ.get("XDG_CACHE_HOME") or (home and f"{home}/.cache")
+    if caches:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/groundup/compiled")
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 
