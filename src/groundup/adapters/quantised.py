@@ -115,8 +115,9 @@ class BitsandbytesLinear(PackedLinear):
             from bitsandbytes.functional import quantize_4bit  # an extra
 
         super().__init__(linear)
+        # flat: with AVX512 it unpacks a matrix wrongly whose rows do not end with a block
         packed, self._state = quantize_4bit(
-            linear.weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            linear.weight.detach().flatten(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.register_buffer("packed", packed, persistent=False)
 
@@ -131,7 +132,7 @@ class BitsandbytesLinear(PackedLinear):
         if self._state.absmax.device != self.packed.device:
             self._state.to(self.packed.device)
         unpacked: Tensor = dequantize_4bit(self.packed, self._state)
-        return unpacked.to(dtype)
+        return unpacked.view(self.out_features, self.in_features).to(dtype)
 
     def packed_bytes(self) -> int:
         scales = (self._state.absmax, self._state.state2.absmax)
