@@ -37,13 +37,16 @@ def test_memory_of_a_container_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [
-        ({"XDG_CACHE_HOME": "/caches"}, "/caches/groundup/compiled"),
-        ({"HOME": "/home/someone"}, "/home/someone/.cache/groundup/compiled"),
-        ({"HOME": "/home/someone", "TORCHINDUCTOR_CACHE_DIR": "/mine"}, "/mine"),
+        ({"XDG_CACHE_HOME": "caches"}, "caches/groundup/compiled"),
+        ({"HOME": "someone"}, "someone/.cache/groundup/compiled"),
+        ({"HOME": "someone", "TORCHINDUCTOR_CACHE_DIR": "mine"}, "mine"),
+        ({"HOME": "file"}, None),
+        ({}, None),
     ],
 )
-def test_what_is_compiled_is_kept_with_the_users_caches(monkeypatch, settings, folder):
-    monkeypatch.setattr(machine.os, "environ", dict(settings))
-    monkeypatch.setenv("HOME", settings.get("HOME", "/"))
+def test_what_is_compiled_is_kept_with_the_users_caches(monkeypatch, tmp_path, settings, folder):
+    """Where no folder can be made, torch's own choice stays."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(machine.os, "environ", {name: str(tmp_path / value) for name, value in settings.items()})
     machine.prepare_process()
-    assert machine.os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
+    assert machine.os.environ.get("TORCHINDUCTOR_CACHE_DIR") == (folder and str(tmp_path / folder))

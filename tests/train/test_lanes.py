@@ -73,10 +73,11 @@ def test_merging_goes_in_order_one_at_a_time_in_the_lane_that_computed(num_lanes
 
 @pytest.mark.parametrize("failing", ["compute", "merge", "parts"])
 def test_after_an_error_nothing_more_is_merged_and_nobody_waits(failing):
-    merged = []
+    merged, has_merged = [], threading.Event()
 
     def compute(part):
         if failing == "compute" and part == 1:
+            assert has_merged.wait(10)  # or part 0 may find the turns over
             raise ValueError("at 1")
         return part
 
@@ -84,6 +85,7 @@ def test_after_an_error_nothing_more_is_merged_and_nobody_waits(failing):
         if failing == "merge" and part == 1:
             raise ValueError("at 1")
         merged.append(part)
+        has_merged.set()
 
     def parts():
         yield from (0, 1, 2)

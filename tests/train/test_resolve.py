@@ -82,7 +82,7 @@ def test_lanes_share_a_batch_that_is_large_enough(monkeypatch, make_config, chan
     config = make_config(**({"micro_batch_rows": "auto", "num_threads": "auto"} | changes))
     found = resolved(config)
     assert (found.num_lanes, found.micro_batch_rows) == (lanes, rows)
-    # a generator of dropout and compiled code belong to one thread
+    # the generator of dropout belongs to one thread
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
     assert resolve(config, has_dropout=True, **sizes).num_lanes == 1
     monkeypatch.setattr(machine, "has_compiler", lambda: True)

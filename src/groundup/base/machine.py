@@ -116,14 +116,19 @@ def prepare_process() -> None:
 
     Waiting threads sleep instead of spinning, which costs a step up to ten times its time where another process wants
     the cores; torchao leaves its CUDA files alone, which on a CPU only gives warnings. What is compiled is kept with the
-    user's other caches, not in /tmp, so that it is compiled once and not once a boot.
+    user's other caches, not in /tmp, so that it is compiled once and not once a boot; in /tmp where no folder can be made there.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     home = os.environ.get("HOME")
     caches = os.environ.get("XDG_CACHE_HOME") or (home and f"{home}/.cache")
-    if caches:
+    if caches and _can_be_made(Path(caches)):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/groundup/compiled")
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
+
+def _can_be_made(folder: Path) -> bool:
+    nearest = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 @contextmanager

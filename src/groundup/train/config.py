@@ -28,8 +28,8 @@ class TrainConfig(OptimConfig):
     allow_tf32: bool | Literal["auto"] = "auto"
     """Products of fp32 matrices with 10 bits of mantissa, on CUDA only; auto allows them where the device has them."""
     attention: Literal["auto", "sdpa", "chunked", "dense", "varlen", "flex"] = "auto"
-    """How attention is computed; auto takes the chunked product on a CPU for bf16 and for short sliding windows, varlen
-    (FlashAttention over documents) on CUDA for bf16 and fp16, SDPA elsewhere. varlen and flex need CUDA."""
+    """How attention is computed; auto takes the chunked product on a CPU for compiled bf16 and for short sliding windows,
+    varlen (FlashAttention over documents) on CUDA for bf16 and fp16, SDPA elsewhere. varlen and flex need CUDA."""
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     """What the backward pass computes again instead of keeping it: every block, or all of a block but its products and
     attention (selective). Costs time, saves memory, changes no bit in fp32."""
