@@ -14,7 +14,7 @@ from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import IGNORE_INDEX, LossOptions
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
-from groundup.train.engine import TorchEngine
+from groundup.train.engine import StepAbandoned, TorchEngine
 from groundup.train.loop import training_steps
 
 
@@ -88,6 +88,19 @@ def test_lanes_share_what_is_compiled(make_model):
     torch.set_num_threads(threads)
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_nothing_is_left_of_a_step_that_was_given_up(make_model, lanes):
+    """Lanes still at work merge what they have: it is dropped after them."""
+    engine, unbroken = (make_engine(make_model(), rows=1, lanes=lanes) for _ in range(2))
+    answers = iter([False] * 4 + [True])
+    with pytest.raises(StepAbandoned):
+        engine.forward_backward(ragged_batch(0), lambda row: row, lambda: next(answers))
+    assert all(gradient is None for gradient in gradients_of(engine).values())
+    for one in (engine, unbroken):
+        one.forward_backward(ragged_batch(0), lambda row: row)
+    assert torch.equal(flat(gradients_of(engine)), flat(gradients_of(unbroken)))
 
 
 @pytest.fixture
