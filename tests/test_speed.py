@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.material import same_fields
 from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
@@ -56,16 +57,9 @@ def both():
 
     ours = CausalLM(SHAPE)
     ours.initialize(torch.Generator().manual_seed(0))
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = transformers.Qwen3Config(
-        **SHAPE.model_dump(include={*names, "num_key_value_heads"}),
-        head_dim=SHAPE.head_size,
-        tie_word_embeddings=SHAPE.tie_word_embeddings,
-        **dict.fromkeys(("eos_token_id", "bos_token_id")),
-        pad_token_id=0,
-    )
-    theirs = transformers.Qwen3ForCausalLM(config)
-    theirs.load_state_dict(ours.state_dict(), strict=False)
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id"))
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**same_fields(SHAPE), **ends, pad_token_id=0))
+    theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
