@@ -17,12 +17,16 @@ from typing import Any
 
 from groundup.base.machine import prepare_process
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 2048},
     "wide vocabulary": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 32768},
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 6400},
     "peers": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 6400},
     "hundred million": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 32000},
+    "experts": {
+        **{"model_type": "qwen3_moe", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6},
+        **{"vocab_size": 6400, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384},
+    },
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 6400},
 }
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -47,6 +51,14 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("small", {"micro_batch_rows": 8, "dropout": 0.1}),
     ("deep", {"micro_batch_rows": 4}),
     ("deep", {"micro_batch_rows": 4, "checkpoint_every": "1 steps"}),
+    ("hundred million", {"micro_batch_rows": 1, "num_threads": 2}),
+    ("hundred million", {"micro_batch_rows": 1, "precision": "bf16"}),
+    ("hundred million", {"micro_batch_rows": 1, "precision": "bf16", "num_threads": 2}),
+    ("hundred million", {"micro_batch_rows": 1, "optimizer": "adamw_8bit"}),
+    ("hundred million", {"micro_batch_rows": 1, "optimizer": "adafactor"}),
+    ("hundred million", {"micro_batch_rows": 4, "adapter": "qlora"}),
+    ("experts", {"micro_batch_rows": 8}),
+    ("experts", {"micro_batch_rows": 4, "num_threads": 2, "optimizer": "muon"}),
 )
 MICRO_BATCHES = 2
 SMALLEST = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
@@ -104,6 +116,7 @@ def measure(case: Case) -> dict[str, Any]:
 
     from groundup.adapters.config import AdapterConfig
     from groundup.adapters.lora import inject_lora
+    from groundup.adapters.quantised import quantise_linears
     from groundup.base.log import Log
     from groundup.model.causal_lm import CausalLM
     from groundup.model.config import ModelConfig
@@ -128,6 +141,8 @@ def measure(case: Case) -> dict[str, Any]:
     def train(shape: ModelConfig) -> TrainingRun:
         model = CausalLM(shape)
         model.initialize(torch.Generator().manual_seed(0))
+        if adapter is not None and adapter.adapter == "qlora":
+            quantise_linears(model, adapter.nf4_maker)
         if adapter is not None:
             inject_lora(model, adapter, seed=0)
         with tempfile.TemporaryDirectory() as folder:

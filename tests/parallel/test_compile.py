@@ -97,7 +97,7 @@ def test_varlen_by_torch_s_own_operator_equals_dense(make_model):
 def test_names_stay_and_every_block_is_compiled(monkeypatch, make_model):
     model = make_model()
     names, compiled = list(model.state_dict()), []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compiled.append(self))
     apply(model, recompute="block", compiles=True)
     assert compiled == list(model.model.layers) and list(model.state_dict()) == names
 

@@ -11,7 +11,7 @@ from groundup.base.errors import DoesNotFit
 from groundup.model.config import ModelConfig
 from groundup.train.fit import fitting_rows, memory_of_a_rank, training_of
 from groundup.train.footprint import footprint
-from groundup.train.resolve import resolve
+from groundup.train.resolve import resolve, resolve_once
 from groundup.train.run import TrainingRun
 
 SHAPE = ModelConfig(
@@ -77,8 +77,38 @@ def test_what_is_proposed_fits(monkeypatch, make_training, has_bf16):
     assert order[0] == "what fits: micro_batch_rows: 1"
     assert "what fits: micro_batch_rows: 1, activation_checkpointing: block" in order
     assert "what fits: micro_batch_rows: 1, activation_checkpointing: block, optimizer: adamw_8bit" in order
-    others = "checkpoint_every left out, precision: bf16" if has_bf16 else "checkpoint_every left out"
-    assert any(re.search(rf"{others}, row_length: (256|128)$", words) for words in order)
+    assert any(re.search(r"checkpoint_every left out, row_length: (256|128)$", words) for words in order)
+    assert not any("bf16" in words for words in order), "with single rows the copy of the weights is more than it saves"
+
+
+def test_bf16_is_proposed_where_it_saves_memory(monkeypatch, make_training):
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
+    training = make_training(rows=1, row_length=8192, optimizer="adamw_8bit", activation_checkpointing="block")
+    limit = footprint(SHAPE, replace(training, precision="bf16")).total
+    with pytest.raises(DoesNotFit, match=r"What fits: precision: bf16$"):
+        fitting_rows(SHAPE, training, limit, is_auto=False)
+
+
+def test_rows_that_were_asked_for_go_through_in_fewer_lanes(monkeypatch, make_config):
+    """What is proposed is taken: the run counted more lanes than the proposal and refused it again."""
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
+    config = make_config(row_length=512, batch_size_tokens=512 * 8, micro_batch_rows=1, num_threads="auto")
+    one_lane = training_of(config, share_rows=8, rows=1, precision="fp32", attention="sdpa")
+    assert resolve(config, **SIZES).num_lanes == 4
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: footprint(SHAPE, one_lane).total)
+    found = resolve(config, **SIZES, shape=SHAPE)
+    assert (found.micro_batch_rows, found.num_lanes) == (1, 1)
+
+
+def test_a_run_that_goes_on_with_less_memory_takes_fewer_rows_and_is_marked(monkeypatch, make_config, tmp_path):
+    config = make_config(row_length=256, batch_size_tokens=8192, micro_batch_rows="auto")
+    began = resolve_once(tmp_path, config, **SIZES, shape=SHAPE)
+    assert (began.micro_batch_rows, began.shrunk_from) == (8, None)
+    training = training_of(config, share_rows=32, rows=2)
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: footprint(SHAPE, training).total)
+    for _ in range(2):
+        found = resolve_once(tmp_path, config, **SIZES, shape=SHAPE)
+        assert (found.micro_batch_rows, found.shrunk_from) == (2, 8)
 
 
 def test_memory_is_a_fact_of_the_machine(monkeypatch):

@@ -163,11 +163,29 @@ def test_weights_gradients_and_moments_are_those_of_the_engine(optimizer, precis
     assert planned.optimizer == moments
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_each_lane_has_gradients_of_its_own(precision, lanes):
+    """Until they are summed; one lane in fp32 has none, they are where they are summed at once."""
+    shape = shape_of("untied")
+    model, dtype = built(shape, precision=precision), DTYPES[precision]
+    engine = TorchEngine(model, OptimConfig(), dtype=dtype, device="cpu", micro_batch_rows=ROWS, num_lanes=lanes)
+    tokens_BT = torch.randint(0, 300, (ROWS, LENGTH))
+    batch = RowBatch(tokens_BT, tokens_BT, Segments.whole_rows(ROWS, LENGTH), tokens_BT.numel())
+    compute = engine._accumulate if lanes == 1 else engine._gradients_apart
+    _, gradients = compute(batch, batch.num_loss_tokens, 0)
+    planned = footprint(shape, training_of(precision=precision, num_lanes=lanes))
+    assert planned.apart == lanes * sum(gradient.nbytes for gradient in gradients.values())
+    few = footprint(shape, training_of(rows=1, row_length=2, batch_rows=1, precision=precision, num_lanes=lanes))
+    lasting = few.weights + few.gradients + few.optimizer + few.loader
+    assert few.total >= few.process + lasting + planned.apart
+
+
 def test_the_peak_is_one_phase_and_not_their_sum():
     plan = footprint(shape_of("qwen3"), training_of(optim=OptimConfig(optimizer="muon")))
-    passes = plan.activations + plan.logits + plan.backward + plan.heap
+    passes = max(plan.activations + plan.logits + plan.backward, plan.apart)
     lasting = plan.weights + plan.gradients + plan.optimizer + plan.snapshot + plan.loader
-    assert plan.total == plan.process + lasting + max(passes, plan.step)
+    assert plan.total == plan.process + lasting + max(passes, plan.step) + plan.heap
     small = training_of(rows=1, row_length=2, batch_rows=1, optim=OptimConfig(optimizer="muon"))
     plan = footprint(shape_of("qwen3"), small)
     assert plan.step > plan.activations + plan.logits + plan.backward or plan.total > plan.process + lasting

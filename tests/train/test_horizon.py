@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from dataclasses import replace
 
 import pytest
 
@@ -20,7 +19,6 @@ SHORT = {
     "batch_size_tokens": 16,
     "micro_batch_rows": 1,
 }
-LONGER = {"pretrain.duration": ("5 steps", "10 steps")}
 
 
 def rates_of(job):
@@ -58,7 +56,7 @@ def test_the_horizon_moves(make_job, schedule):
             with pytest.raises(Preempted):
                 run.run()
         before = rates_of(begun)
-        longer = replace(make_job(name, **settings | {"duration": "10 steps"}), changes=LONGER)
+        longer = make_job(name, **settings | {"duration": "10 steps"})
         TrainingRun(longer).run()
         found = rates_of(longer)
         assert len(found) == 10 and found[:done] == before[:done] and found[done:] == expected[done:]
@@ -72,12 +70,10 @@ def test_a_warmup_in_percent_stays_what_it_was(make_job):
     settings = SHORT | {"warmup": "40 %", "schedule": "wsd"}
     TrainingRun(make_job("run", **settings)).run()
     longer = settings | {"duration": "20 steps"}
-    run = TrainingRun(replace(make_job("run", **longer), changes=LONGER))
+    run = TrainingRun(make_job("run", **longer))
     assert run.resolved.warmup_steps == 2 and run.resolved.total_steps == 20
-    asked = {"pretrain.warmup": ("40 %", "30 %")}
-    assert (
-        TrainingRun(replace(make_job("run", **longer | {"warmup": "30 %"}), changes=asked)).resolved.warmup_steps == 6
-    )
+    for _ in range(2):
+        assert TrainingRun(make_job("run", **longer | {"warmup": "30 %"})).resolved.warmup_steps == 6
 
 
 def test_an_automatic_rate_is_the_laws(make_job):

@@ -10,6 +10,7 @@ from train.test_engine import flat, gradients_of, make_engine, ragged_batch
 from groundup.base import failpoints
 from groundup.base.errors import DistributedError, DoesNotFit
 from groundup.parallel.world import World
+from groundup.train import resolve as resolve_module
 from groundup.train.out_of_memory import is_out_of_memory
 from groundup.train.run import TrainingRun
 
@@ -63,6 +64,32 @@ def test_a_single_row_that_does_not_fit_is_told(make_model, refuse_memory):
         make_engine(make_model(), rows=4).forward_backward(ragged_batch(0), lambda row: row)
 
 
+def test_single_rows_go_through_in_fewer_lanes(make_model, refuse_memory):
+    batch = ragged_batch(0)
+    expected = make_engine(make_model(), rows=1)
+    expected.forward_backward(batch, lambda row: row)
+    engine = make_engine(make_model(), rows=1, lanes=4)
+    refuse_memory(1, 6)  # in four lanes, and once more in two: a lane that fell out leaves up to three others at work
+    engine.forward_backward(batch, lambda row: row)
+    assert engine.micro_batch_rows == 1 and engine.num_lanes in (1, 2)
+    torch.testing.assert_close(flat(gradients_of(engine)), flat(gradients_of(expected)), rtol=1e-5, atol=1e-7)
+
+
+def test_a_resume_keeps_the_fewer_lanes(make_job, refuse_memory, monkeypatch):
+    monkeypatch.setattr(resolve_module, "LANE_TOKENS", 16)
+    lanes = {"micro_batch_rows": 1, "num_threads": 2}
+    run = TrainingRun(make_job("run", **lanes))
+    assert run.resolved.num_lanes == 2
+    refuse_memory(9)
+    assert run.run().figures["exact"] is False
+    events = [event["detail"] for event in lines(run.job, "events.jsonl") if event["kind"] == "oom"]
+    assert events == [
+        "out of memory with micro-batches of 1 rows, 2 at a time: micro-batches of 1 rows from here on, the same batch"
+    ]
+    again = TrainingRun(make_job("run", **lanes))
+    assert (again.engine.num_lanes, again.resolved.num_lanes, again.resolved.shrunk_from) == (1, 1, 1)
+
+
 def test_a_rank_without_memory_is_named(make_model, refuse_memory):
     engine = make_engine(make_model(), rows=2)
     engine.world = World(1, 2)
@@ -95,7 +122,9 @@ def test_a_run_goes_on_with_less_and_says_so(make_job, refuse_memory, capsys):
     assert [line["loss"] for line in metrics] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
     assert whole.figures["exact"] is True and outcome.figures["exact"] is False
     events = [(event["step"], event["detail"]) for event in lines(job, "events.jsonl") if event["kind"] == "oom"]
-    assert events == [(3, "out of memory with micro-batches of 4 rows: 2 from here on, the same batch")]
+    assert events == [
+        (3, "out of memory with micro-batches of 4 rows: micro-batches of 2 rows from here on, the same batch")
+    ]
     again = TrainingRun(make_job("run", micro_batch_rows=4, checkpoint_every="4 steps"))
     assert again.engine.micro_batch_rows == 2 and again.resolved.shrunk_from == 4
 

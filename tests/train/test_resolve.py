@@ -19,11 +19,16 @@ def resolved(config, rows_per_epoch=10, matrix_parameters=1000):
 
 @pytest.mark.parametrize("row_length", [16, 100, 256, 512, 2048, 5000])
 @pytest.mark.parametrize("batch_rows", [1, 2, 6, 7, 24, 64, 97])
-def test_the_micro_batch_divides_the_batch(make_config, row_length, batch_rows):
+def test_micro_batches_divide_the_batch_or_are_nearly_even(make_config, row_length, batch_rows):
     config = make_config(row_length=row_length, batch_size_tokens=row_length * batch_rows, micro_batch_rows="auto")
     found = resolved(config)
-    assert found.batch_rows == batch_rows and batch_rows % found.micro_batch_rows == 0
-    assert found.micro_batch_rows == 1 or found.micro_batch_rows * row_length <= CPU_MICRO_BATCH_TOKENS
+    rows = found.micro_batch_rows
+    assert found.batch_rows == batch_rows and (rows == 1 or rows * row_length <= CPU_MICRO_BATCH_TOKENS)
+    num_micro_batches = -(-batch_rows // rows)
+    least = -(-batch_rows // max(1, CPU_MICRO_BATCH_TOKENS // row_length))
+    assert num_micro_batches <= 2 * least, "a batch that has no divisors is not cut into single rows"
+    if batch_rows % rows:
+        assert batch_rows - rows * (num_micro_batches - 1) > rows - num_micro_batches, "as even as can be"
 
 
 def test_a_micro_batch_is_no_larger_than_the_batch(make_config):
@@ -125,14 +130,17 @@ def test_ranks_share_the_threads_of_their_machine_and_the_rows(make_config, batc
 
 def test_a_run_on_more_ranks_divides_anew_and_keeps_the_rest(tmp_path, make_config, monkeypatch):
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
-    config = make_config(precision="bf16", num_threads=4, micro_batch_rows="auto")
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
+    config = make_config(precision="auto", num_threads="auto", micro_batch_rows="auto")
+    monkeypatch.setattr(machine, "num_cores", lambda: 4)
     two = World(0, 2, num_local=2)
     began = resolve_once(tmp_path, config, **sizes)
     assert (began.num_threads, began.micro_batch_rows) == (4, 4)
-    later = make_config(precision="fp32", num_threads=6, micro_batch_rows="auto")
-    spread = resolve_once(tmp_path, later, **sizes, world=two)
+    monkeypatch.setattr(machine, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(machine, "num_cores", lambda: 6)
+    spread = resolve_once(tmp_path, config, **sizes, world=two)
     assert (spread.precision, spread.num_threads, spread.micro_batch_rows, spread.num_ranks) == ("bf16", 3, 2, 2)
-    assert resolve_once(tmp_path, later, **sizes) == began
+    assert resolve_once(tmp_path, config, **sizes) == began
 
 
 def test_more_ranks_than_cuda_devices_are_refused(make_config, monkeypatch):
@@ -143,6 +151,37 @@ def test_more_ranks_than_cuda_devices_are_refused(make_config, monkeypatch):
     with pytest.raises(ConfigError, match="E-CONFIG-DEVICE: 2 ranks on this machine, but torch sees 1 CUDA devices"):
         resolve(make_config(device="cuda"), **sizes, world=World(0, 2, num_local=2))
     assert resolve(make_config(device="cuda"), **sizes, world=World(0, 2, num_local=1)).device == "cuda"
+
+
+def test_a_run_that_goes_on_without_its_gpu_is_laid_out_for_a_cpu(tmp_path, monkeypatch, make_config):
+    """Or refused, as fp16 is: what a GPU alone can do is not pinned for a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 10**16}
+    config = make_config(precision="auto", attention="auto", micro_batch_rows="auto", compile="auto", device="auto")
+    half = config.model_copy(update={"precision": "fp16"})
+    began = resolve_once(tmp_path, config, **sizes)
+    assert (began.device, began.attention, began.compile) == ("cuda", "varlen", True)
+    (tmp_path / "half").mkdir()
+    resolve_once(tmp_path / "half", half, **sizes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "has_compiler", lambda: False)
+    for _ in range(2):
+        later = resolve_once(tmp_path, config, **sizes)
+        assert (later.device, later.precision, later.attention, later.compile) == ("cpu", "bf16", "sdpa", False)
+    with pytest.raises(ConfigError, match="E-COMBINATION: precision: fp16 with device: cpu"):
+        resolve_once(tmp_path / "half", half, **sizes)
+
+
+def test_varlen_on_an_old_gpu_is_refused(monkeypatch, make_config):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(
+        ConfigError, match=r"compute capability \(7, 5\): FlashAttention needs 8\.0. Use attention auto"
+    ):
+        resolved(make_config(device="cuda", precision="fp16", attention="varlen"))
 
 
 def test_fp16_on_a_cpu_is_refused_with_what_works(make_config):
@@ -260,11 +299,13 @@ def test_rates_are_settled_once(tmp_path, make_config):
     auto = make_config(lr="auto", muon_lr="auto")
     first = resolve_once(tmp_path, auto, rows_per_epoch=10, matrix_parameters=1_000_000)
     assert first.muon_lr == pytest.approx(0.0154 * 8 / 31.6227766) and first.lr == pytest.approx(first.muon_lr / 3)
-    # with another law, size or recipe a run that goes on keeps its rates, unless the change was asked for
-    again = resolve_once(tmp_path, make_config(lr=0.5), rows_per_epoch=10, matrix_parameters=9)
+    # with another law or size a run that goes on keeps its rates, unless they are changed in the recipe
+    again = resolve_once(tmp_path, auto, rows_per_epoch=10, matrix_parameters=9)
     assert (again.lr, again.muon_lr) == (first.lr, first.muon_lr)
-    asked = resolve_once(tmp_path, make_config(lr=0.5), rows_per_epoch=10, matrix_parameters=9, changed=["lr"])
-    assert (asked.lr, asked.muon_lr) == (0.5, first.muon_lr)
+    changed = make_config(lr=0.5, muon_lr="auto")
+    for _ in range(2):
+        asked = resolve_once(tmp_path, changed, rows_per_epoch=10, matrix_parameters=9)
+        assert (asked.lr, asked.muon_lr) == (0.5, first.muon_lr)
     assert again.settle(auto).lr == first.lr and auto.lr == "auto"
 
 

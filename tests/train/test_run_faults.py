@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from groundup.base import failpoints
 from groundup.base.errors import CheckpointError, ConfigError, DataError, NumericsError, Preempted
 from groundup.base.signals import StopRequest
+from groundup.train import resolve as resolve_module
 from groundup.train.engine import StepAbandoned
 from groundup.train.run import TrainingRun
 
@@ -132,21 +132,57 @@ def test_the_mark_of_a_changed_run_outlives_a_kill_before_the_next_save(make_job
     StopIn(run.engine, "gradient_norm", 5)
     with pytest.raises(Preempted):
         run.run()
-    changed = TrainingRun(replace(make_job("run"), changes={"pretrain.lr": (1.0, 2.0)}))
+    changed = TrainingRun(make_job("run", z_loss=1e-4))
     changed._train = lambda stop, line: (_ for _ in ()).throw(ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         changed.run()
-    assert TrainingRun(make_job("run")).state.is_exact is False
+    again = TrainingRun(make_job("run", z_loss=1e-4))
+    assert again.state.is_exact is False and not again._changes()
+    assert again._here == again.state.environment
 
 
-def test_a_pinned_setting_changes_where_that_was_allowed(make_job):
-    run = TrainingRun(make_job("run"))
-    StopIn(run.engine, "gradient_norm", 5)
+def begun(job):
+    """Train a step and stop in the next; what it was computed with."""
+    run = TrainingRun(job)
+    StopIn(run.engine, "gradient_norm", 2)
     with pytest.raises(Preempted):
         run.run()
-    assert TrainingRun(make_job("run", attention="dense")).resolved.attention == "sdpa"
-    job = replace(make_job("run", attention="dense"), changes={"pretrain.attention": ("sdpa", "dense")})
-    assert TrainingRun(job).resolved.attention == "dense"
+    return run.resolved
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 0.125},
+        {"muon_lr": 0.125},
+        {"precision": "bf16"},
+        {"attention": "dense"},
+        {"micro_batch_rows": 1},
+        {"num_threads": 2},
+        {"warmup": "3 steps"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_pinned_setting_that_was_changed_stays_changed(make_job, change):
+    """Each was undone once at the second resume: the value of the beginning was taken again."""
+    ((name, value),) = change.items()
+    name, value = ("warmup_steps", 3) if name == "warmup" else (name, value)
+    first = begun(make_job("run"))
+    assert getattr(first, name) != value
+    for _ in range(3):
+        resolved = begun(make_job("run", **change))
+        assert getattr(resolved, name) == value
+    back = TrainingRun(make_job("run"))
+    assert getattr(back.resolved, name) == getattr(first, name) and back.state.is_exact is False
+
+
+def test_dropout_that_was_added_leaves_one_lane(make_job, monkeypatch):
+    """Masks are drawn from one generator: two lanes would make them a matter of time."""
+    monkeypatch.setattr(resolve_module, "LANE_TOKENS", 16)
+    lanes = {"micro_batch_rows": 1, "num_threads": 2}
+    assert begun(make_job("run", **lanes)).num_lanes == 2
+    assert begun(make_job("run", **lanes, dropout=0.1)).num_lanes == 1
+    assert TrainingRun(make_job("run", **lanes, dropout=0.1)).resolved.num_lanes == 1
 
 
 def test_rewinds_end(make_job):

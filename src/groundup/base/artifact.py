@@ -14,7 +14,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,8 +129,20 @@ class Attempt:
     folder: Path
     target: Path
     is_continued: bool
-    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Parts of the key that are not those it began with, where that was allowed: (old, new) by name."""
+
+
+def _refuse_changes(attempt: Attempt, before: StageKey, policy: ChangePolicy) -> None:
+    """Raise ConfigError for what differs from the key the attempt went by last, where that was not allowed."""
+    changes = differences(before, attempt.key)
+    refused = {name: values for name, values in changes.items() if not _is_allowed(name, policy)}
+    if refused:
+        listing = ", ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in refused.items())
+        raise ConfigError(
+            "E-STAGE-CHANGED",
+            what=f"{attempt.key.stage} is unfinished and its settings changed: {listing}",
+            where=attempt.folder,
+            next=f"go on with `--allow-change {next(iter(refused))}`, or begin again with `--restart`",
+        )
 
 
 _locks_held: list[IO[str]] = []
@@ -247,14 +259,14 @@ class RunFolder:
             self._clear(attempt.folder)
             return None
         if manifest is not None and resumable and not policy.restart and self._may_go_on(manifest, key, policy, target):
-            return self._reopen(attempt, manifest)
+            return self._reopen(attempt)
         if attempt.folder.exists():
             if resumable and not policy.restart and (attempt.folder / ATTEMPT).exists():
                 before = StageKey(**read_json(attempt.folder / ATTEMPT))
                 if has_checkpoints or not differences(before, key):
-                    changes = self._checked_changes(attempt, before, policy)
+                    _refuse_changes(attempt, before, policy)
                     self._note_key(attempt)
-                    return Attempt(key, attempt.folder, target, is_continued=True, changes=changes)
+                    return replace(attempt, is_continued=True)
             self._remove(attempt.folder)
         if target.exists():
             if old.exists():
@@ -275,7 +287,7 @@ class RunFolder:
             (target / CHECKPOINTS).glob(f"*/*/{MANIFEST}")
         )
 
-    def _reopen(self, attempt: Attempt, manifest: Manifest) -> Attempt:
+    def _reopen(self, attempt: Attempt) -> Attempt:
         """A finished stage goes on from its last checkpoint, such as with a longer duration."""
         self._clear(attempt.folder)
         self.disk.make_folders(attempt.folder.parent)
@@ -284,22 +296,7 @@ class RunFolder:
         self.disk.move(attempt.target, attempt.folder)
         self.disk.remove_file(attempt.folder / MANIFEST)
         self.disk.sync_folder(attempt.folder)
-        changes = differences(manifest.key, attempt.key)
-        return Attempt(attempt.key, attempt.folder, attempt.target, is_continued=True, changes=changes)
-
-    def _checked_changes(self, attempt: Attempt, before: StageKey, policy: ChangePolicy) -> dict[str, tuple[Any, Any]]:
-        """What differs from the key the attempt began with. Raises ConfigError where that was not allowed."""
-        changes = differences(before, attempt.key)
-        refused = {name: values for name, values in changes.items() if not _is_allowed(name, policy)}
-        if refused:
-            listing = ", ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in refused.items())
-            raise ConfigError(
-                "E-STAGE-CHANGED",
-                what=f"{attempt.key.stage} is unfinished and its settings changed: {listing}",
-                where=attempt.folder,
-                next=f"go on with `--allow-change {next(iter(refused))}`, or begin again with `--restart`",
-            )
-        return changes
+        return replace(attempt, is_continued=True)
 
     def commit(self, attempt: Attempt) -> Manifest:
         """Hash and sync everything in the attempt, write its manifest, and give it its fixed name."""

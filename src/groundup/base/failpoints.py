@@ -10,12 +10,14 @@ may be several numbers, as in `2+3`.
 import errno
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
 VARIABLE = "GROUNDUP_FAILPOINT"
 SLOW_SECONDS = 0.5
 _passages: Counter[str] = Counter()
+_counting = threading.Lock()
 
 
 def reach(name: str) -> bool:
@@ -26,12 +28,14 @@ def reach(name: str) -> bool:
     wanted_name, action, nth, *ranks = wanted.split(":")
     if wanted_name != name or (ranks and os.environ.get("RANK", "0") not in ranks):
         return False
-    _passages[name] += 1
+    with _counting:
+        _passages[name] += 1
+        passage = _passages[name]
     wanted_passages = [int(number) for number in nth.split("+")]
-    if action == "slow" and _passages[name] >= wanted_passages[0]:
+    if action == "slow" and passage >= wanted_passages[0]:
         time.sleep(SLOW_SECONDS)
         return False
-    if _passages[name] not in wanted_passages:
+    if passage not in wanted_passages:
         return False
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -12,4 +12,5 @@ def apply(model: CausalLM, *, recompute: Recompute, compiles: bool) -> None:
     recompute_blocks(model, recompute)
     if compiles:
         for block in model.model.layers:
-            block.compile()
+            # each shape for itself: kernels for any shape would depend on which one came first, and so would the bits
+            block.compile(dynamic=False)

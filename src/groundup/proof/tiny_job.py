@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from groundup.base.config import flatten, numerics
 from groundup.base.log import Log
 from groundup.data.packing import PackedDocuments
 from groundup.data.token_store import TokenStore, TokenWriter
@@ -74,9 +75,11 @@ def tiny_job(
 ) -> TrainingJob:
     """A job over `rows` (by split) in a folder of its own; the same folder again is the same run."""
     folder.mkdir(exist_ok=True)
+    config = tiny_config(**changes)
     return TrainingJob(
         name="pretrain",
-        config=tiny_config(**changes),
+        config=config,
+        key=flatten({"pretrain": numerics(config)}),
         seed=3,
         model=tiny_model() if model is None else model,
         source=rows["train"],

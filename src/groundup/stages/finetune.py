@@ -87,7 +87,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         validation={"chats": held_out},
         folder=attempt.folder,
         run_id=run.run_id,
-        changes=attempt.changes,
+        key=attempt.key.flat(),
         log=work.log,
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),

@@ -69,7 +69,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         validation_weights={name: entry.weight for name, entry in config.mixture.items()},
         folder=attempt.folder,
         run_id=run.run_id,
-        changes=attempt.changes,
+        key=attempt.key.flat(),
         log=work.log,
         name_documents=lambda step: name_documents(rows.train, step * batch_rows, batch_rows),
         sample=lambda live, prompt: continue_text(

@@ -83,10 +83,8 @@ class Work:
         versions = {f"version of {name}": metadata.version(name) for name in ("groundup", "torch", "numpy")}
         refuse_mismatch(self.world, key.flat() | versions)
         attempt = self.run.begin(key, self.policy, resumable=True) if self.world.is_first else None
-        begun = self.world.broadcast(
-            attempt and [str(attempt.folder), str(attempt.target), attempt.is_continued, dict(attempt.changes)]
-        )
-        return Attempt(key, Path(begun[0]), Path(begun[1]), begun[2], begun[3]) if begun else None
+        begun = self.world.broadcast(attempt and [str(attempt.folder), str(attempt.target), attempt.is_continued])
+        return Attempt(key, Path(begun[0]), Path(begun[1]), begun[2]) if begun else None
 
     def path(self, folder: str) -> Path:
         """A folder of the run."""

@@ -21,7 +21,8 @@ class TrainConfig(OptimConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA where torch sees it."""
     micro_batch_rows: PositiveInt | Literal["auto"] = "auto"
-    """Rows in one forward pass; auto takes as many as keep the activations in a CPU's cache."""
+    """Rows in one forward pass; auto takes as many as keep the activations in a CPU's cache or a GPU busy, and
+    fewer where the memory holds no more."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Dtype of the products; weights and optimizer stay in fp32. auto takes bf16 where the machine is fast at it. fp16
     needs CUDA; its gradients are scaled, and a step whose gradients leave its range is passed over."""

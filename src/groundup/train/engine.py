@@ -180,8 +180,9 @@ class TorchEngine:
     ) -> StepSums:
         """As the Protocol says; the divisor is counted before the first backward.
 
-        Where memory is refused, the step begins anew with micro-batches of half as many rows, and they stay so. Raises
-        DoesNotFit where a single row is too much, DistributedError where there are other ranks.
+        Where memory is refused, the step begins anew with micro-batches of half as many rows, those of one row with half
+        as many at a time, and it stays so. Raises DoesNotFit where a single row is too much, DistributedError where there
+        are other ranks.
         """
         while True:
             try:
@@ -193,12 +194,19 @@ class TorchEngine:
                 if not is_out_of_memory(error):
                     raise
             # not in the handler: there the error still holds the tensors of the pass that failed
-            self.micro_batch_rows = smaller_micro_batch(self.micro_batch_rows, self.world)
+            self.micro_batch_rows, num_lanes = smaller_micro_batch(self.micro_batch_rows, self.num_lanes, self.world)
+            self._lanes.resize(num_lanes)
+            self._has_computed = False  # another shape is compiled anew
             self.discard_gradients()
             for copy in self._copies.values():
                 copy.grad = None
             if self.device != "cpu":
                 torch.cuda.empty_cache()
+
+    @property
+    def num_lanes(self) -> int:
+        """Micro-batches computed at a time."""
+        return self._lanes.num_lanes
 
     def _try_forward_backward(
         self, batch: RowBatch, seed_of: Callable[[int], int], should_stop: Callable[[], bool]
@@ -262,7 +270,7 @@ class TorchEngine:
         self.world.all_reduce_gradients([*totals, *gradients])
 
     def _accumulate(self, part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of a micro-batch go straight to where they are summed: no second set of them exists."""
+        """Gradients of a micro-batch; in fp32 they go straight to where they are summed, no second set of them exists."""
         if part.num_loss_tokens == 0:
             return {}, {}
         torch.manual_seed(seed)

@@ -2,20 +2,11 @@
 
 from typing import Any
 
-import torch
-from torch.nn.attention import current_flash_attention_impl
-
 from groundup.base.machine import peak_memory_bytes
 from groundup.train.loop import StepResult
 from groundup.train.meter import Meter
 from groundup.train.resolve import Resolved
 from groundup.train.state import TrainingState
-
-
-def environment_of(device: str) -> dict[str, str]:
-    """What beside the recipe decides the last bits."""
-    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "device": device}
-    return here | {"flash attention": current_flash_attention_impl() or "FA2"} if device == "cuda" else here
 
 
 def step_timing(

@@ -40,28 +40,29 @@ def training_of(config: TrainConfig, *, share_rows: int, **resolved: object) -> 
 
 
 def fitting_rows(shape: ModelConfig, training: Training, limit: int, *, is_auto: bool) -> tuple[int, int]:
-    """(rows of a micro-batch, lanes) that fit: those of `training`, or fewer where the rows are `auto`.
+    """(rows of a micro-batch, lanes) that fit: those of `training`, fewer rows where they are `auto`, fewer lanes.
 
     Raises DoesNotFit with the memory by part and the nearest settings that fit.
     """
-    candidates = [training, *(_smaller(training) if is_auto else ())]
+    candidates = [training, *_smaller(training, fewer_rows=is_auto)]
     for candidate in candidates:
         if footprint(shape, candidate).total <= limit:
             return candidate.rows, candidate.num_lanes
     raise _does_not_fit(footprint(shape, candidates[-1]), shape, candidates[-1], limit)
 
 
-def _smaller(training: Training) -> Iterator[Training]:
+def _smaller(training: Training, *, fewer_rows: bool) -> Iterator[Training]:
     """With fewer rows that divide the batch, then with fewer lanes."""
-    for rows in range(training.rows - 1, 0, -1):
-        if training.batch_rows % rows == 0:
+    rows = training.rows
+    if fewer_rows:
+        for rows in (rows for rows in range(training.rows - 1, 0, -1) if training.batch_rows % rows == 0):
             yield replace(training, rows=rows)
     for lanes in range(training.num_lanes - 1, 0, -1):
-        yield replace(training, rows=1, num_lanes=lanes)
+        yield replace(training, rows=rows, num_lanes=lanes)
 
 
 def _does_not_fit(plan: Footprint, shape: ModelConfig, training: Training, limit: int) -> DoesNotFit:
-    words = next((words for words, easier in _easier(training) if footprint(shape, easier).total <= limit), None)
+    words = next((words for words, easier in _easier(shape, training) if footprint(shape, easier).total <= limit), None)
     return DoesNotFit(
         "E-MEMORY",
         what=f"training needs {plan.total / 1e9:.2f} GB and there are {limit / 1e9:.2f} GB ({plan.words()})",
@@ -69,30 +70,30 @@ def _does_not_fit(plan: Footprint, shape: ModelConfig, training: Training, limit
     )
 
 
-def _easier(training: Training) -> Iterator[tuple[str, Training]]:
+def _easier(shape: ModelConfig, training: Training) -> Iterator[tuple[str, Training]]:
     """Settings that need less and less memory, in the order of what they cost, each on top of those before."""
     words: list[str] = []
-
-    def step(change: str, **changes: Any) -> tuple[str, Training]:
-        nonlocal training
-        training = replace(training, **changes)
-        words.append(change)
-        return ", ".join(words), training
-
-    if training.rows > 1:
-        yield step("micro_batch_rows: 1", rows=1, num_lanes=1)
-    if training.num_lanes > 1:
-        yield step("num_threads: 1", num_lanes=1)
-    if training.activation_checkpointing != "block":
-        yield step("activation_checkpointing: block", activation_checkpointing="block")
-    if training.adapter is None and training.optim.optimizer != "adamw_8bit":
-        optim = training.optim.model_copy(update={"optimizer": "adamw_8bit"})
-        yield step("optimizer: adamw_8bit", optim=optim)
-    if training.saves_while_training:
-        yield step("checkpoint_every left out", saves_while_training=False)
-    if training.precision == "fp32" and machine.has_fast_bf16():
-        yield step("precision: bf16", precision="bf16")
+    for change, changes in _cheapest_first(training):
+        easier = replace(training, **changes)
+        if footprint(shape, easier).total < footprint(shape, training).total:  # bf16 has a copy of the weights
+            training = easier
+            words.append(change)
+            yield ", ".join(words), training
     while training.row_length > LEAST_ROW:
         length = training.row_length // 2
-        yield step(f"row_length: {length}", row_length=length, batch_rows=2 * training.batch_rows)
-        words.pop()  # the next one stands in its place
+        training = replace(training, row_length=length, batch_rows=2 * training.batch_rows)
+        yield ", ".join([*words, f"row_length: {length}"]), training
+
+
+def _cheapest_first(training: Training) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line of the recipe, what it changes) for settings that are not so already."""
+    if training.rows > 1:
+        yield "micro_batch_rows: 1", {"rows": 1}
+    if training.activation_checkpointing != "block":
+        yield "activation_checkpointing: block", {"activation_checkpointing": "block"}
+    if training.adapter is None and training.optim.optimizer != "adamw_8bit":
+        yield "optimizer: adamw_8bit", {"optim": training.optim.model_copy(update={"optimizer": "adamw_8bit"})}
+    if training.saves_while_training:
+        yield "checkpoint_every left out", {"saves_while_training": False}
+    if training.precision == "fp32" and machine.has_fast_bf16():
+        yield "precision: bf16", {"precision": "bf16"}

@@ -37,7 +37,7 @@ OWN_MAPPING = 32 << 20
 """Tensors of so many bytes get a mapping of their own from glibc and leave no pieces."""
 WORKSPACE_OF_MUON = 5
 """Copies of the matrices of one shape in its Newton-Schulz steps."""
-WORKSPACE_OF_A_TENSOR = 4
+WORKSPACE_OF_A_TENSOR = {"torchao": 4, "adafactor": 4, "bitsandbytes": 5}
 """Copies of a tensor in fp32 while its 8-bit or factored state is unfolded."""
 
 
@@ -96,7 +96,9 @@ class Footprint:
     logits: int
     """A chunk of logits, and the gradients of the head."""
     backward: int
-    """What a backward pass holds beside its activations: the gradients of a block's values, or of the weights."""
+    """What a backward pass holds beside its activations: the gradients of a block's values."""
+    apart: int
+    """Gradients of the weights that are not summed yet: they grow as the activations are let go."""
     heap: int
     """What the allocator cannot use again."""
     step: int
@@ -110,8 +112,8 @@ class Footprint:
     @property
     def total(self) -> int:
         """The peak."""
-        passes = self.activations + self.logits + self.backward + self.heap
-        return self.process + max(self.start, self.lasting + max(passes, self.step))
+        passes = max(self.activations + self.logits + self.backward, self.apart)
+        return self.process + max(self.start, self.lasting + max(passes, self.step) + self.heap)
 
     def words(self) -> str:
         """Every part of at least a hundredth, in MB."""
@@ -228,9 +230,17 @@ def footprint(shape: ModelConfig, training: Training) -> Footprint:
         activations=activations,
         logits=logits,
         backward=backward,
+        apart=_gradients_apart(num_trained, training),
         heap=int(_heap_share(shape, training) * (activations + logits + backward)),
         step=_step_bytes(trained, training.optim),
     )
+
+
+def _gradients_apart(num_trained: int, training: Training) -> int:
+    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed."""
+    if training.num_lanes == 1 and training.precision == "fp32":
+        return 0
+    return training.num_lanes * training.item * num_trained
 
 
 def _frozen_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
@@ -401,13 +411,13 @@ def _heap_share(shape: ModelConfig, training: Training) -> float:
 
 
 def _step_bytes(trained: Mapping[str, Shape], optim: OptimConfig) -> int:
-    """Muon works on all matrices of a shape at once, 8-bit states and Adafactor on one tensor; AdamW and SGD in place."""
+    """A step's own: Muon works on all matrices of a shape at once, 8-bit states and Adafactor on one tensor; AdamW and SGD in place."""
     largest = 0
     stacks: dict[Shape, int] = {}
     for name, size in trained.items():
         kind = kind_of(group_of(name, len(size), optim), optim)
         if kind == "muon":
             stacks[size] = stacks.get(size, 0) + prod(size)
-        elif kind in ("torchao", "adafactor"):
-            largest = max(largest, WORKSPACE_OF_A_TENSOR * prod(size))
+        else:
+            largest = max(largest, WORKSPACE_OF_A_TENSOR.get(kind, 0) * prod(size))
     return FP32 * max(largest, WORKSPACE_OF_MUON * max(stacks.values(), default=0))

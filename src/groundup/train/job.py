@@ -36,8 +36,8 @@ class TrainingJob:
     """Continues a prompt."""
     run_id: str = ""
     """Name of the run in its checkpoints: those of another run are not taken."""
-    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Settings that are not those the run began with: (old, new) by name."""
+    key: Mapping[str, Any] = field(default_factory=dict)
+    """All settings and inputs that decide the bits, by dotted name: what a checkpoint was saved with is compared with."""
     validation_weights: Mapping[str, float] = field(default_factory=dict)
     """What each validation set's loss weighs where one number is needed, as for the best checkpoint; 1 where unnamed."""
     token_bytes: NDArray[np.integer[Any]] | None = None

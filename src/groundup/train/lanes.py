@@ -20,6 +20,17 @@ class Lanes:
     """`num_lanes` threads that share the process's compute threads; one lane is the calling thread itself."""
 
     def __init__(self, num_lanes: int) -> None:
+        self.num_lanes = 1
+        self._pool: ThreadPoolExecutor | None = None
+        self.resize(num_lanes)
+
+    def resize(self, num_lanes: int) -> None:
+        """Go on with another number of lanes; while none of them works."""
+        if num_lanes == self.num_lanes:
+            return
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
         self.num_lanes = num_lanes
         if num_lanes == 1:
             return
@@ -38,7 +49,7 @@ class Lanes:
 
     def map(self, function: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
         """`function` of each part, in order; no more than `num_lanes` results exist at a time."""
-        if self.num_lanes == 1:
+        if self._pool is None:
             yield from map(function, parts)
             return
         at_work: deque[Future[Result]] = deque()

@@ -7,7 +7,7 @@ ALLOCATOR = "can't allocate memory"
 """What torch's CPU allocator says; CUDA has an error class of its own, whose words begin with the next."""
 CUDA = "CUDA out of memory"
 CHEAPEST_FIRST = (
-    "lower `micro_batch_rows`, then `row_length`, train with `adapter: lora`, or take a smaller model (fewer layers, "
+    "lower `micro_batch_rows`, then `num_threads` and `row_length`, train with `adapter: lora`, or take a smaller model (fewer layers, "
     "a smaller vocabulary)"
 )
 """The next settings to try, in the order of what they cost."""
@@ -20,9 +20,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def smaller_micro_batch(rows: int, world: World) -> int:
-    """Half the rows, for another try at the same step. Raises DoesNotFit for a single row, and DistributedError where
-    other ranks would not know of the smaller one."""
+def smaller_micro_batch(rows: int, lanes: int, world: World) -> tuple[int, int]:
+    """(half the rows, lanes), or half the lanes for single rows, for another try at the same step.
+
+    Raises DoesNotFit for a single row in one lane, and DistributedError where other ranks would not know of the smaller
+    one.
+    """
     if world.size > 1:
         raise DistributedError(
             "E-OOM-RANK",
@@ -32,9 +35,11 @@ def smaller_micro_batch(rows: int, world: World) -> int:
             if rows > 1
             else CHEAPEST_FIRST,
         )
-    if rows == 1:
-        raise does_not_fit("a micro-batch of a single row")
-    return rows // 2
+    if rows > 1:
+        return rows // 2, lanes
+    if lanes > 1:
+        return rows, lanes // 2
+    raise does_not_fit("a micro-batch of a single row")
 
 
 def does_not_fit(what: str) -> DoesNotFit:

@@ -1,7 +1,7 @@
 """Every `auto` of a training section, resolved once from the recipe and the machine's facts, never from a clock."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from groundup.train.fit import fitting_rows, memory_of_a_rank, training_of
 CPU_MICRO_BATCH_TOKENS = 2048
 """Tokens at work whose activations stay in a CPU's last-level cache; lanes share them."""
 LANE_TOKENS = 512
-"""Tokens of a micro-batch below which a CPU's products get slow: no lane is opened for fewer."""
+"""Tokens of a micro-batch below which a CPU's products get slow: a batch of fewer for each lane has fewer lanes."""
 CUDA_MICRO_BATCH_TOKENS = 16384
 GFLOPS_PER_CORE = {torch.float32: 50.0, torch.bfloat16: 200.0}
 CUDA_FLOPS = 1e14
@@ -38,23 +38,25 @@ WINDOW_PAYS = 4
 """A row of so many windows is computed faster in chunks, which read the keys of a window alone, in fp32 too (1.04 to 4
 times, measured); without a window they are faster and slower than SDPA by turns."""
 RESOLVED = "resolved.json"
-PINNED = (
-    "precision",
-    "allow_tf32",
-    "attention",
-    "micro_batch_rows",
-    "compile",
-    "num_threads",
-    "num_lanes",
-    "shrunk_from",
-    "warmup_steps",
-    "lr",
-    "muon_lr",
-    "adamw_8bit_maker",
-)
-"""What decides the bits: a resumed run keeps it. A longer duration leaves a warmup in % as it was."""
-SETTINGS = {"warmup_steps": "warmup"}
-"""Setting that a pinned value comes from, where its name is another."""
+ASKED = "asked"
+"""Part of resolved.json: the settings that the pinned values came from, as the recipe gave them."""
+LAYOUT = ("micro_batch_rows", "num_threads", "batch_size_tokens", "row_length", "dropout", "lora_dropout")
+PINNED = {
+    "precision": ("precision",),
+    "allow_tf32": ("allow_tf32", "precision", "device"),
+    "attention": ("attention", "precision", "compile", "row_length", "device"),
+    "compile": ("compile", "precision", "device"),
+    "micro_batch_rows": (*LAYOUT, "device"),
+    "num_threads": ("num_threads",),
+    "num_lanes": (*LAYOUT, "device"),
+    "shrunk_from": (*LAYOUT, "device"),
+    "warmup_steps": ("warmup", "batch_size_tokens"),
+    "lr": ("lr", "muon_lr", "optimizer", "batch_size_tokens"),
+    "muon_lr": ("muon_lr", "batch_size_tokens"),
+    "adamw_8bit_maker": ("adamw_8bit_maker", "optimizer"),
+}
+"""What decides the bits, with the settings it comes from: a resumed run keeps it until one of these is changed. A longer
+duration leaves a warmup in % as it was."""
 SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")
 """What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
 
@@ -111,8 +113,11 @@ def resolve(
     has_dropout: bool = False,
     world: World | None = None,
     shape: ModelConfig | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> Resolved:
     """Resolve a section; threads and lanes are those of one rank. With a model's shape the memory is counted too.
+
+    `before` is what resolved.json of a run that goes on says: what it pins stays, and is checked as the rest is.
 
     Raises ConfigError for a batch that its rows do not divide, for a warmup longer than the run, and for fewer CUDA
     devices than ranks; DoesNotFit for a run that the memory does not hold.
@@ -133,76 +138,122 @@ def resolve(
             what=f"{num_local} ranks on this machine, but torch sees {torch.cuda.device_count()} CUDA devices",
             next="start as many ranks as devices, or use device cpu",
         )
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if (_is_ampere() if device == "cuda" else machine.has_fast_bf16()) else "fp32"
+    kept = _kept(config, device, num_ranks, before or {})
+    precision = kept.get("precision", _precision(config, device))
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
-    compiles = _compiles(config, device, precision, 6.0 * matrix_parameters * total_steps * config.batch_size_tokens)
-    attention = config.attention
-    if attention == "auto":
-        attention = _attention(device, precision, config.row_length, shape, compiles=compiles)
-    if attention == "varlen" and not _fits_flash(shape):
-        raise ConfigError(
-            "E-CONFIG-ATTENTION",
-            what=f"attention varlen with heads of {shape and shape.head_size}: FlashAttention has multiples of 8 up to 256",
-            next="use attention auto, or another head_dim",
-        )
+    flops = 6.0 * matrix_parameters * total_steps * config.batch_size_tokens
+    compiles = kept.get("compile", _compiles(config, device, precision, flops))
+    attention = kept.get("attention", _attention(config, device, precision, shape, compiles=compiles))
     asked = combination_of(config, shape, device=device, num_ranks=num_ranks)
     refuse_clash({**asked, "precision": precision, "attention": attention})
+    if attention == "varlen":
+        _refuse_varlen(shape)
     optim = settled(config, num_parameters=matrix_parameters, batch_size_tokens=config.batch_size_tokens)
-    assert optim.lr != "auto" and optim.muon_lr != "auto"
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
-    num_threads = max(1, num_threads // num_local)
+    num_threads = kept.get("num_threads", max(1, num_threads // num_local))
     share_rows = -(-batch_rows // num_ranks)
     # the generator of dropout belongs to one thread
     can_open_lanes = device == "cpu" and not has_dropout
     lanes = max(1, min(num_threads, share_rows * config.row_length // LANE_TOKENS)) if can_open_lanes else 1
-    micro_batch_rows = _micro_batch_rows(config, device, share_rows, lanes)
-    lanes = min(lanes, -(-share_rows // micro_batch_rows))
+    rows = kept.get("micro_batch_rows", _micro_batch_rows(config, device, share_rows, lanes))
+    lanes = kept.get("num_lanes", min(lanes, -(-share_rows // rows)))
+    shrunk_from = kept.get("shrunk_from")
     if shape is not None:
         training = training_of(
             config,
             share_rows=share_rows,
-            rows=micro_batch_rows,
+            rows=rows,
             precision=precision,
             attention=attention,
             num_lanes=lanes,
             device=device,
         )
         limit = memory_of_a_rank(device, num_local)
-        micro_batch_rows, lanes = fitting_rows(shape, training, limit, is_auto=config.micro_batch_rows == "auto")
+        fitting = fitting_rows(shape, training, limit, is_auto=config.micro_batch_rows == "auto")
+        if "micro_batch_rows" in kept and fitting != (rows, lanes):
+            shrunk_from = shrunk_from or rows
+        rows, lanes = fitting
     return Resolved(
         device=device,
         precision=precision,
         attention=attention,
-        micro_batch_rows=micro_batch_rows,
+        micro_batch_rows=rows,
         compile=compiles,
         num_threads=num_threads,
         num_lanes=lanes,
         batch_rows=batch_rows,
         total_steps=total_steps,
-        warmup_steps=warmup_steps_of(config.warmup, total_steps, **sizes),
-        lr=optim.lr,
-        muon_lr=optim.muon_lr,
-        adamw_8bit_maker=eight_bit_maker(config) if config.optimizer == "adamw_8bit" else "auto",
+        warmup_steps=kept.get("warmup_steps", warmup_steps_of(config.warmup, total_steps, **sizes)),
+        lr=kept.get("lr", optim.lr),
+        muon_lr=kept.get("muon_lr", optim.muon_lr),
+        adamw_8bit_maker=kept.get(
+            "adamw_8bit_maker", eight_bit_maker(config) if config.optimizer == "adamw_8bit" else "auto"
+        ),
         num_ranks=num_ranks,
-        allow_tf32=device == "cuda" and precision == "fp32" and _allows_tf32(config),
+        allow_tf32=kept.get("allow_tf32", device == "cuda" and precision == "fp32" and _allows_tf32(config)),
+        shrunk_from=shrunk_from,
     )
 
 
+def _asked(config: TrainConfig) -> dict[str, Any]:
+    """The settings that pinned values come from; the device is a fact of its own."""
+    names = {name for settings in PINNED.values() for name in settings} - {"device"}
+    return {name: getattr(config, name, None) for name in sorted(names)}
+
+
+def _kept(config: TrainConfig, device: str, num_ranks: int, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Pinned values of a run that goes on: those of which no setting, nor the device or the ranks, became another."""
+    if not before:
+        return {}
+    asked = _asked(config)
+    changed = {name for name, value in before.get(ASKED, {}).items() if asked.get(name) != value}
+    if before["device"] != device:
+        changed.add("device")
+    is_same_world = before.get("num_ranks", 1) == num_ranks
+    return {
+        name: before[name]
+        for name, settings in PINNED.items()
+        if name in before and changed.isdisjoint(settings) and (is_same_world or name not in SHARED)
+    }
+
+
+def _precision(config: TrainConfig, device: str) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if (_is_ampere() if device == "cuda" else machine.has_fast_bf16()) else "fp32"
+
+
 def _attention(
-    device: str, precision: str, row_length: int, shape: ModelConfig | None, *, compiles: bool
+    config: TrainConfig, device: str, precision: str, shape: ModelConfig | None, *, compiles: bool
 ) -> AttentionMaker:
+    if config.attention != "auto":
+        return config.attention
     if device == "cuda":
         return "varlen" if precision != "fp32" and _fits_flash(shape) and _is_ampere() else "sdpa"
-    window = row_length if shape is None or shape.sliding_window is None else shape.sliding_window
+    window = config.row_length if shape is None or shape.sliding_window is None else shape.sliding_window
     is_fused = compiles and precision == "bf16"  # compiled, chunks beat SDPA 1.6 to 2.2 times; if not, by turns
-    return "chunked" if is_fused or window * WINDOW_PAYS <= row_length else "sdpa"
+    return "chunked" if is_fused or window * WINDOW_PAYS <= config.row_length else "sdpa"
 
 
 def _fits_flash(shape: ModelConfig | None) -> bool:
     return shape is None or (shape.head_size % 8 == 0 and shape.head_size <= 256)
+
+
+def _refuse_varlen(shape: ModelConfig | None) -> None:
+    if not _fits_flash(shape):
+        raise ConfigError(
+            "E-CONFIG-ATTENTION",
+            what=f"attention varlen with heads of {shape and shape.head_size}: FlashAttention has multiples of 8 up to 256",
+            next="use attention auto, or another head_dim",
+        )
+    if not _is_ampere():
+        raise ConfigError(
+            "E-CONFIG-ATTENTION",
+            what=f"attention varlen on a GPU of compute capability {torch.cuda.get_device_capability()}: "
+            "FlashAttention needs 8.0",
+            next="use attention auto",
+        )
 
 
 def _is_ampere() -> bool:
@@ -219,7 +270,9 @@ def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int, lanes: 
         return min(config.micro_batch_rows, batch_rows)
     tokens = CUDA_MICRO_BATCH_TOKENS if device == "cuda" else max(LANE_TOKENS, CPU_MICRO_BATCH_TOKENS // lanes)
     wanted = max(1, min(batch_rows // lanes, tokens // config.row_length))
-    return max(rows for rows in range(1, wanted + 1) if batch_rows % rows == 0)
+    divisor = max(rows for rows in range(1, wanted + 1) if batch_rows % rows == 0)
+    # rather than in many small ones, a batch is cut unevenly: its last micro-batch is smaller
+    return divisor if 2 * divisor >= wanted else -(-batch_rows // -(-batch_rows // wanted))
 
 
 def _compiles(config: TrainConfig, device: str, precision: str, flops: float) -> bool:
@@ -253,45 +306,40 @@ def resolve_once(
     has_dropout: bool = False,
     world: World | None = None,
     shape: ModelConfig | None = None,
-    changed: Collection[str] = (),
 ) -> Resolved:
-    """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with."""
-    fresh = resolve(
+    """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with.
+
+    A setting that was changed since is known by what was asked for then, at this resume and at every later one.
+    """
+    path = folder / RESOLVED
+    before: dict[str, Any] = read_json(path) if path.exists() else {}
+    resolved = resolve(
         config,
         rows_per_epoch=rows_per_epoch,
         matrix_parameters=matrix_parameters,
         has_dropout=has_dropout,
         world=world,
         shape=shape,
+        before=before,
     )
-    path = folder / RESOLVED
-    if path.exists():
-        before: dict[str, Any] = read_json(path)
-        is_same_world = before.get("num_ranks", 1) == fresh.num_ranks
-        return Resolved(
-            **(
-                asdict(fresh)
-                | {
-                    name: before[name]
-                    for name in PINNED
-                    if name in before
-                    and SETTINGS.get(name, name) not in changed
-                    and (is_same_world or name not in SHARED)
-                }
-            )
-        )
-    write_json(path, asdict(fresh))
-    return fresh
+    if before.get("num_ranks", resolved.num_ranks) == resolved.num_ranks:  # else it may go back to as many as it had
+        _write(folder, resolved, _asked(config))
+    return resolved
 
 
-def shrink_for_good(folder: Path, resolved: Resolved, micro_batch_rows: int) -> Resolved:
-    """Smaller micro-batches from here on, in every resume too."""
+def _write(folder: Path, resolved: Resolved, asked: Mapping[str, Any]) -> None:
+    write_json(folder / RESOLVED, asdict(resolved) | {ASKED: dict(asked)})
+
+
+def shrink_for_good(folder: Path, resolved: Resolved, *, micro_batch_rows: int, num_lanes: int) -> Resolved:
+    """Smaller or fewer micro-batches at a time from here on, in every resume too."""
     shrunk = replace(
         resolved,
         micro_batch_rows=micro_batch_rows,
+        num_lanes=num_lanes,
         shrunk_from=resolved.shrunk_from or resolved.micro_batch_rows,
     )
-    write_json(folder / RESOLVED, asdict(shrunk))
+    _write(folder, shrunk, read_json(folder / RESOLVED).get(ASKED, {}))
     return shrunk
 
 

@@ -18,8 +18,9 @@ from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
+from groundup.train.changes import changes_since, environment_of
 from groundup.train.engine import StepAbandoned, TorchEngine
-from groundup.train.figures import environment_of, final_figures, progress_line, step_timing
+from groundup.train.figures import final_figures, progress_line, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
@@ -113,7 +114,6 @@ class TrainingRun:
                 has_dropout=model.has_dropout,
                 world=self.world,
                 shape=model.config,
-                changed={name.rpartition(".")[2] for name in self.job.changes},
             )
         return Resolved(**self.world.broadcast(resolved and asdict(resolved)))
 
@@ -213,11 +213,7 @@ class TrainingRun:
         return environment_of(self.resolved.device)
 
     def _changes(self) -> list[str]:
-        """What is not as the run began with, in words."""
-        here = self._here
-        before = self.state.environment or here
-        changed = [f"{name}: {before.get(name)} → {here[name]}" for name in here if before.get(name) != here[name]]
-        return changed + [f"{name}: {old!r} → {new!r}" for name, (old, new) in self.job.changes.items()]
+        return changes_since(self.state, self._here, self.job.key)
 
     def _refuse_inexact(self) -> None:
         """Raise ConfigError, before anything is written, where the run could not end in an unbroken one's bits."""
@@ -237,7 +233,7 @@ class TrainingRun:
     def _note_changes(self) -> None:
         """A resumed run whose settings or machine are not those it began with goes on and is marked."""
         changed = self._changes()
-        self.state.environment = self._here
+        self.state.environment, self.state.key = self._here, dict(self.job.key)
         if self.is_resumed and changed:
             self.state.is_exact = False
             self._event(self.state.step, "change", ", ".join(changed))
@@ -355,7 +351,7 @@ class TrainingRun:
                 self.store.drop_after(self.state.step)
             self.state.rewinds, self.state.passed_over = before.rewinds + 1, sorted(passed_over)
             self.state.is_exact, self.state.num_ranks = before.is_exact, before.num_ranks
-            self.state.environment = before.environment
+            self.state.environment, self.state.key = before.environment, before.key
             self.metrics.cut(self.state.metrics_bytes)
         self._event(step + 1, "rewind", f"to step {self.state.step}, without the batches {sorted(passed_over)}")
         self._saved_step = -1
@@ -368,7 +364,7 @@ class TrainingRun:
         state.tokens = result.step * self.config.batch_size_tokens
         state.loss_tokens += result.sums.num_loss_tokens
         state.skipped_steps += int(result.is_skipped)
-        state.is_exact &= self.engine.micro_batch_rows == self.resolved.micro_batch_rows
+        state.is_exact &= self._is_as_resolved
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.look_loss = None
         loss, grad_norm = (None, None) if result.is_skipped else (result.sums.loss, result.grad_norm)
@@ -426,13 +422,20 @@ class TrainingRun:
             self._event(result.step, "straggler", slowest.words)
             self.job.log.warn("W-STRAGGLER", slowest.words)
 
+    @property
+    def _is_as_resolved(self) -> bool:
+        """Whether memory sufficed for the micro-batches that were planned."""
+        planned = self.resolved.micro_batch_rows, self.resolved.num_lanes
+        return (self.engine.micro_batch_rows, self.engine.num_lanes) == planned
+
     def _note_shrunk(self, step: int) -> None:
         """Memory ran out in this step, which was computed again in smaller micro-batches: every later one is too."""
-        before, rows = self.resolved.micro_batch_rows, self.engine.micro_batch_rows
-        if rows == before:
+        rows, lanes = self.engine.micro_batch_rows, self.engine.num_lanes
+        if self._is_as_resolved:
             return
-        self.resolved = shrink_for_good(self.job.folder, self.resolved, rows)
-        detail = f"out of memory with micro-batches of {before} rows: {rows} from here on, the same batch"
+        words = f"out of memory with {_layout(self.resolved.micro_batch_rows, self.resolved.num_lanes)}"
+        self.resolved = shrink_for_good(self.job.folder, self.resolved, micro_batch_rows=rows, num_lanes=lanes)
+        detail = f"{words}: {_layout(rows, lanes)} from here on, the same batch"
         self._event(step, "oom", detail)
         self.job.log.warn("W-OOM", f"step {step}: {detail}; the run is marked exact: false")
 
@@ -486,3 +489,8 @@ class TrainingRun:
                 self._saved_step = self.state.step
                 self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
             self._saving_seconds += time.perf_counter() - began
+
+
+def _layout(rows: int, lanes: int) -> str:
+    at_once = f", {lanes} at a time" if lanes > 1 else ""
+    return f"micro-batches of {rows} rows{at_once}"

@@ -31,3 +31,5 @@ class TrainingState:
     """Whether the run is what an unbroken one on this machine would be, bit for bit."""
     environment: dict[str, str] = field(default_factory=dict)
     """What beside the recipe decides the bits: versions, instruction set, device."""
+    key: dict[str, Any] = field(default_factory=dict)
+    """Settings and inputs the last steps were taken with."""
