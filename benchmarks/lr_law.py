@@ -63,35 +63,24 @@ def prepared(folder: Path) -> Work:
     return work
 
 
-def loss_of(run: dict[str, Any], work: Work, folder: Path) -> tuple[int, float]:
-    """(parameters, held-out loss at the end) of one training run."""
-    shape = ModelConfig(num_key_value_heads=2, vocab_size=VOCAB_SIZE, **SHAPES[run["size"]])
-    model = CausalLM(shape)
-    model.initialize(torch.Generator().manual_seed(1))
-    rate = run["rate"]
-    rates = {"muon_lr": rate, "lr": rate * MUON_SHARE} if run["optimizer"] == "muon" else {"lr": rate}
+def held_out_loss(
+    size: str, section: dict[str, Any], work: Work, folder: Path, *, seed: int = 1
+) -> tuple[int, float, float]:
+    """(parameters, held-out loss at the end, seconds) of one training run."""
+    model = CausalLM(ModelConfig(num_key_value_heads=2, vocab_size=VOCAB_SIZE, **SHAPES[size]))
+    model.initialize(torch.Generator().manual_seed(seed))
     rows = {
         split: PackedDocuments(
-            TokenStore(work.path("tokens"), split, vocab_size=VOCAB_SIZE), row_length=ROW_LENGTH, seed=1
+            TokenStore(work.path("tokens"), split, vocab_size=VOCAB_SIZE), row_length=ROW_LENGTH, seed=seed
         )
         for split in ("train", "validation")
     }
+    fixed = {"compile": False, "num_threads": 1, "max_validation_rows": 512, "keep_checkpoints": 1}
     folder.mkdir(parents=True, exist_ok=True)
     job = TrainingJob(
         name="pretrain",
-        config=TrainConfig(
-            duration=f"{run['tokens']} tokens",
-            row_length=ROW_LENGTH,
-            batch_size_tokens=run["batch"],
-            optimizer=run["optimizer"],
-            adamw_8bit_maker=run.get("adamw_8bit_maker", "auto"),
-            compile=False,
-            num_threads=1,
-            max_validation_rows=512,
-            keep_checkpoints=1,
-            **rates,
-        ),
-        seed=1,
+        config=TrainConfig.model_validate({"row_length": ROW_LENGTH} | fixed | section),
+        seed=seed,
         model=model,
         source=rows["train"],
         validation={"text": rows["validation"]},
@@ -100,10 +89,20 @@ def loss_of(run: dict[str, Any], work: Work, folder: Path) -> tuple[int, float]:
         name_documents=lambda step: "",
         sample=lambda live, prompt: "",
     )
-    TrainingRun(job).run()
+    outcome = TrainingRun(job).run()
     shutil.rmtree(folder / "checkpoints")
     *_, last = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return model.num_parameters(), last["val"]["text"]["loss"]
+    return model.num_parameters(), last["val"]["text"]["loss"], outcome.figures["seconds"]
+
+
+def loss_of(run: dict[str, Any], work: Work, folder: Path) -> tuple[int, float]:
+    """(parameters, held-out loss at the end) of a run of a sweep."""
+    rate = run["rate"]
+    rates = {"muon_lr": rate, "lr": rate * MUON_SHARE} if run["optimizer"] == "muon" else {"lr": rate}
+    names = {"optimizer": run["optimizer"], "adamw_8bit_maker": run.get("adamw_8bit_maker", "auto")}
+    section = {"duration": f"{run['tokens']} tokens", "batch_size_tokens": run["batch"]} | names | rates
+    parameters, loss, _ = held_out_loss(run["size"], section, work, folder)
+    return parameters, loss
 
 
 def swept(setting: dict[str, Any], work: Work, folder: Path) -> list[dict[str, Any]]:

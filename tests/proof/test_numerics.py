@@ -31,6 +31,8 @@ from groundup.train.lanes import Lanes
 
 pytestmark = pytest.mark.costly
 
+COMPILED = ("compiled = eager", "compiled bf16 chunks near fp32")
+"""Proofs that take a compiler tens of seconds."""
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -160,10 +162,18 @@ def scale_in_bf16(monkeypatch):
 
 
 def compiler_that_rounds(monkeypatch):
-    def compile_block(self):
+    def compile_block(self, dynamic):
         self._compiled_call_impl = lambda *inputs: 1.0001 * self.forward(*inputs)
 
+    monkeypatch.setattr(kernels, "has_compiler", lambda: True)
     monkeypatch.setattr(Block, "compile", compile_block)
+
+
+def compiled_chunks_of_another_scale(monkeypatch):
+    monkeypatch.setattr(kernels, "has_compiler", lambda: True)
+    monkeypatch.setattr(Block, "compile", lambda self, dynamic: None)
+    honest = MAKERS["chunked"]
+    monkeypatch.setitem(MAKERS, "chunked", lambda q_BHTK, *rest: honest(2 * q_BHTK, *rest))
 
 
 def masks_drawn_anew(monkeypatch):
@@ -316,6 +326,7 @@ FAULTS = [
     ("attention chunked = dense", chunk_begins_late),
     *((f"attention {maker} = dense", on_a_pretended_gpu(maker)) for maker in CUDA_MAKERS),
     ("compiled = eager", compiler_that_rounds),
+    ("compiled bf16 chunks near fp32", compiled_chunks_of_another_scale),
     ("recomputed by block = plain", masks_drawn_anew),
     ("recomputed by selective = plain", masks_drawn_anew),
     ("recomputed by selective = plain", an_earlier_block_s_input),
@@ -334,8 +345,6 @@ FAULTS = [
 
 @pytest.mark.parametrize(("claim", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_planted_fault_fails(prove, monkeypatch, claim, fault):
-    if fault is compiler_that_rounds:
-        monkeypatch.setattr(kernels, "has_compiler", lambda: True)
     fault(monkeypatch)
     code, said = prove(claim)
     assert code == 5 and "ERROR E-PROOF" in said, said
@@ -365,7 +374,7 @@ def test_sound_code_passes(prove, tmp_path, monkeypatch, shape):
     monkeypatch.setattr(kernels, "CUDA_MAKERS", ())
     monkeypatch.setattr(makers, "varlen_attn", varlen_attn)
     monkeypatch.setattr(makers, "flex_attention", flex_attention)
-    not_here = {"compiled = eager"} | (set() if "num_experts" in shape else {"experts grouped = looped"})
+    not_here = {*COMPILED} | (set() if "num_experts" in shape else {"experts grouped = looped"})
     proved = [claim for claim in PROOFS if claim not in not_here]
     code, said = prove(*proved, model=SHAPE | shape, options=["--json", str(tmp_path / "out.json")])
     assert code == 0 and f"{len(proved)} PASS" in said, said
@@ -377,13 +386,22 @@ def test_sound_code_passes(prove, tmp_path, monkeypatch, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3", "llama", *EXPERTS])
 def test_compiled_blocks_pass(prove, model_type):
-    code, said = prove("compiled = eager", model=SHAPE | EXPERTS.get(model_type, {"model_type": model_type}))
-    assert (code == 0 and "1 PASS" in said) or "no C++ compiler" in said, said
+    code, said = prove(*COMPILED, model=SHAPE | EXPERTS.get(model_type, {"model_type": model_type}))
+    assert (code == 0 and "2 PASS" in said) or "no C++ compiler" in said, said
 
 
 @pytest.mark.slow
-def test_the_whole_table_passes_on_the_quickstart_s_recipe(capsys):
-    main(["doctor", "numerics"])
+@pytest.mark.parametrize("recipe", ["quickstart", "moe", "llama"])
+def test_the_whole_table_passes_on_a_recipe(capsys, recipe):
+    main(["doctor", "numerics", recipe])
+    assert " FAIL" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "moe", "llama"])
+def test_all_but_the_compiled_passes_on_a_recipe(monkeypatch, capsys, recipe):
+    monkeypatch.setattr(table, "PROOFS", {claim: proof for claim, proof in PROOFS.items() if claim not in COMPILED})
+    monkeypatch.setattr(table.machine, "num_cores", lambda: 1)  # the other core has a test of its own
+    main(["doctor", "numerics", recipe])
     assert " FAIL" not in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.model.segments import Segments
 from groundup.train import meter
+from groundup.train.figures import memory_figures
 from groundup.train.flops import attention_pairs, step_flops
 from groundup.train.meter import Meter, matrix_peak
 from groundup.train.resolve import resolve
@@ -102,6 +103,8 @@ def a_clock(monkeypatch):
 
 def test_the_peak_is_the_fastest_product(a_clock):
     best = matrix_peak(SHAPE, tokens=128, dtype=torch.float32, device="cpu")
+    assert best == pytest.approx(2 * 128 * 48 * 320 / 0.01), "the head's"
+    best = matrix_peak(SHAPE.model_copy(update={"vocab_size": 64}), tokens=128, dtype=torch.float32, device="cpu")
     assert best == pytest.approx(2 * 128 * 48 * 96 / 0.01)
 
 
@@ -150,3 +153,9 @@ def test_share_of_peak_stands_in_timing_line_and_summary_and_nowhere_else(make_j
     figures = TrainingRun(plain).run().figures
     assert "peak_fraction" not in figures and "peak_fraction" not in (plain.folder / "timing.jsonl").read_text()
     assert (plain.folder / "metrics.jsonl").read_bytes() == (job.folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_gpus_memory_is_told_beside_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    assert memory_figures("cuda")["peak_cuda_memory_bytes"] == 7
+    assert memory_figures("cpu").keys() == {"peak_memory_bytes"}

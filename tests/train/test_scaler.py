@@ -154,12 +154,16 @@ def test_scale_and_skipped_steps_stand_in_the_metrics(make_job, fp16_on_cpu, mon
     monkeypatch.setattr(failpoints, "_passages", Counter())
     job = make_job("run", **fp16_on_cpu)
     run = TrainingRun(job)
+    run.state.passed_over = [5]  # another reason to pass over a step
     outcome = run.run()
     metrics = lines(job, "metrics.jsonl")
-    assert [line["loss_scale"] for line in metrics] == [2.0**16] * 3 + [2.0**15] * 8
-    assert [line["skipped_steps"] for line in metrics] == [0, 0, *[1] * 9]
+    assert [line.get("overflow_steps") for line in metrics] == [0, 0, 1, 1, 1, None, *[1] * 5]
+    metrics.pop(5)
+    assert [line["loss_scale"] for line in metrics] == [2.0**16] * 3 + [2.0**15] * 7
+    assert [line["skipped_steps"] for line in metrics] == [0, 0, 1, 1, 1, *[2] * 5]
     assert metrics[2]["loss"] is None and metrics[-1]["loss"] < metrics[0]["loss"]
-    assert outcome.figures["loss_scale"] == 2.0**15 and outcome.figures["skipped_steps"] == 1
+    assert outcome.figures["loss_scale"] == 2.0**15 and outcome.figures["skipped_steps"] == 2
+    assert outcome.figures["overflow_steps"] == 1 and "peak_cuda_memory_bytes" not in outcome.figures
     assert [e["step"] for e in lines(job, "events.jsonl") if e["kind"] == "overflow"] == [3]
 
 

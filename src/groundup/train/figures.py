@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from groundup.base.machine import peak_memory_bytes
 from groundup.train.loop import StepResult
 from groundup.train.meter import Meter
@@ -9,8 +11,25 @@ from groundup.train.resolve import Resolved
 from groundup.train.state import TrainingState
 
 
+def scaling_figures(state: TrainingState, loss_scale: float | None) -> dict[str, Any]:
+    """What fp16's scaler did; nothing in other dtypes."""
+    return {} if loss_scale is None else {"loss_scale": loss_scale, "overflow_steps": state.overflow_steps}
+
+
+def memory_figures(device: str) -> dict[str, int]:
+    """Largest size of the process so far, and what it held of a CUDA device."""
+    figures = {"peak_memory_bytes": peak_memory_bytes()}
+    return figures | {"peak_cuda_memory_bytes": torch.cuda.max_memory_reserved()} if device == "cuda" else figures
+
+
 def step_timing(
-    result: StepResult, meter: Meter, *, batch_size_tokens: int, elapsed_seconds: float, save_seconds: float
+    result: StepResult,
+    meter: Meter,
+    *,
+    batch_size_tokens: int,
+    elapsed_seconds: float,
+    save_seconds: float,
+    device: str,
 ) -> dict[str, Any]:
     """A line of timing.jsonl."""
     seconds = result.data_seconds + result.forward_backward_seconds + result.optimizer_seconds
@@ -19,7 +38,7 @@ def step_timing(
         "elapsed_seconds": elapsed_seconds,
         "tokens_per_second": batch_size_tokens / seconds,
         **meter.share_of(seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **memory_figures(device),
         "data_seconds": result.data_seconds,
         "forward_backward_seconds": result.forward_backward_seconds,
         "optimizer_seconds": result.optimizer_seconds,
@@ -59,6 +78,6 @@ def final_figures(
         **meter.share(),
         "precision": resolved.precision,
         "compiled": resolved.compile,
-        **({} if loss_scale is None else {"loss_scale": loss_scale}),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **scaling_figures(state, loss_scale),
+        **memory_figures(resolved.device),
     }

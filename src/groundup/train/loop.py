@@ -22,6 +22,8 @@ class StepResult:
     grad_norm: float
     lr: dict[str, float]
     is_skipped: bool
+    has_overflow: bool
+    """Whether it was passed over because gradients left fp16's range."""
     data_seconds: float
     forward_backward_seconds: float
     optimizer_seconds: float
@@ -90,6 +92,7 @@ def training_steps(
                 grad_norm,
                 rates,
                 verdict is not Verdict.APPLY,
+                has_overflow,
                 have_data - began,
                 have_gradients - have_data,
                 time.perf_counter() - have_gradients,

@@ -86,7 +86,8 @@ def matrix_peak(shape: ModelConfig, *, tokens: int, dtype: torch.dtype, device: 
     """Operations a second of the fastest product that a step of this shape has."""
     hidden, inner = shape.hidden_size, shape.expert_size if shape.num_experts else shape.intermediate_size
     queries = shape.num_attention_heads * shape.head_size
-    sizes = {(hidden, inner), (inner, hidden), (queries, hidden), (hidden, queries)}
+    assert shape.vocab_size != "auto", "resolve the vocabulary first"
+    sizes = {(hidden, inner), (inner, hidden), (queries, hidden), (hidden, queries), (hidden, shape.vocab_size)}
     return max(
         _rate(tokens, inputs, outputs, dtype, device, PEAK_SECONDS / len(sizes)) for inputs, outputs in sorted(sizes)
     )

@@ -20,7 +20,7 @@ from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.changes import changes_since, environment_of
 from groundup.train.engine import StepAbandoned, TorchEngine
-from groundup.train.figures import final_figures, progress_line, step_timing
+from groundup.train.figures import final_figures, progress_line, scaling_figures, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
@@ -364,6 +364,7 @@ class TrainingRun:
         state.tokens = result.step * self.config.batch_size_tokens
         state.loss_tokens += result.sums.num_loss_tokens
         state.skipped_steps += int(result.is_skipped)
+        state.overflow_steps += int(result.has_overflow)
         state.is_exact &= self._is_as_resolved
         state.elapsed_seconds = self._elapsed_before + time.monotonic() - self._began
         state.look_loss = None
@@ -378,7 +379,7 @@ class TrainingRun:
             "grad_norm": grad_norm,
             "lr": result.lr,
             "skipped_steps": state.skipped_steps,
-            **({} if result.sums.loss_scale is None else {"loss_scale": result.sums.loss_scale}),
+            **scaling_figures(state, result.sums.loss_scale),
             **({} if result.is_skipped else result.sums.figures()),
         }
 
@@ -406,6 +407,7 @@ class TrainingRun:
                 batch_size_tokens=self.config.batch_size_tokens,
                 elapsed_seconds=self.state.elapsed_seconds,
                 save_seconds=self._saving_seconds,
+                device=self.resolved.device,
             )
         )
         self._saving_seconds = 0.0

@@ -14,6 +14,9 @@ class TrainingState:
     tokens: int = 0
     loss_tokens: int = 0
     skipped_steps: int = 0
+    """Steps without an update, those that overflowed among them."""
+    overflow_steps: int = 0
+    """Steps whose gradients left fp16's range."""
     elapsed_seconds: float = 0.0
     metrics_bytes: int = 0
     """Length of metrics.jsonl that belongs to this state."""

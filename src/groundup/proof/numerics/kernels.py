@@ -11,6 +11,7 @@ from groundup.model.expert_product import can_group
 from groundup.model.loss import CHUNK_ELEMENTS, linear_cross_entropy
 from groundup.model.makers import CHUNK, CUDA_MAKERS, AttentionMaker
 from groundup.model.moe import ExpertMaker, Experts
+from groundup.parallel.apply import apply
 from groundup.parallel.recompute import Recompute, recompute_blocks
 from groundup.proof.numerics.figures import (
     Figure,
@@ -80,13 +81,31 @@ def grouped_experts_equal_looped(subject: Subject) -> Figure:
 
 def compiled_equals_eager(subject: Subject) -> Figure:
     """Compiled blocks give the losses and gradients of uncompiled ones."""
-    if subject.device == "cpu" and not has_compiler():
-        raise Skip("no C++ compiler")
+    _need_compiler(subject)
     model, batch = subject.model(), subject.rows(2)
     eager = outcome_of(model, batch)
-    for block in model.model.layers:
-        block.compile()
+    apply(model, recompute="none", compiles=True)
     return Figure(outcome_of(model, batch).distance_to(eager), FP32)
+
+
+def compiled_chunks_are_near_fp32(subject: Subject) -> Figure:
+    """What `attention: auto` takes for a compiled run in bf16 on a CPU, against the product with all scores in fp32."""
+    _need_compiler(subject)
+    subject = subject.with_every_expert()
+    batch, gradients = subject.rows(2, CHUNK * 5 // 4), []
+    makers: tuple[AttentionMaker, ...] = ("chunked", "dense")
+    for maker in makers:
+        model = subject.model()
+        model.use_attention(maker)
+        if maker == "chunked":
+            apply(model.to(torch.bfloat16), recompute="none", compiles=True)
+        gradients.append(_together(outcome_of(model, batch).gradients))
+    return Figure(distance(gradients[:1], gradients[1:]), _of_bf16(subject))
+
+
+def _need_compiler(subject: Subject) -> None:
+    if subject.device == "cpu" and not has_compiler():
+        raise Skip("no C++ compiler")
 
 
 def recomputed_equals_plain(subject: Subject, kind: Recompute) -> Figure:

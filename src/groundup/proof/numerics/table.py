@@ -36,6 +36,7 @@ PROOFS: Mapping[str, Callable[[Subject], Figure]] = {
     },
     "experts grouped = looped": kernels.grouped_experts_equal_looped,
     "compiled = eager": kernels.compiled_equals_eager,
+    "compiled bf16 chunks near fp32": kernels.compiled_chunks_are_near_fp32,
     **{
         f"recomputed by {kind} = plain": partial(kernels.recomputed_equals_plain, kind=kind)
         for kind in get_args(Recompute)
