@@ -51,6 +51,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("small", {"micro_batch_rows": 8, "dropout": 0.1}),
     ("deep", {"micro_batch_rows": 4}),
     ("deep", {"micro_batch_rows": 4, "checkpoint_every": "1 steps"}),
+    ("hundred million", {"micro_batch_rows": 1, "optimizer": "adamw"}),
+    ("hundred million", {"micro_batch_rows": 1, "optimizer": "muon"}),
     ("hundred million", {"micro_batch_rows": 1, "num_threads": 2}),
     ("hundred million", {"micro_batch_rows": 1, "precision": "bf16"}),
     ("hundred million", {"micro_batch_rows": 1, "precision": "bf16", "num_threads": 2}),

@@ -223,6 +223,28 @@ def quickstart(
     run_quickstart(work, has_own_data=data is not None)
 
 
+@app.command
+def init(name: str, *, data: str, minutes: float = 10.0, chats: str | None = None, folder: Path = Path()) -> None:
+    """Write a recipe for your own text, with sizes that fit it, this machine and a time.
+
+    Parameters
+    ----------
+    name
+        Name of the run; the recipe is NAME.yaml.
+    data
+        File, folder or glob of text.
+    minutes
+        Time of pretraining.
+    chats
+        File, folder or glob of chats to fine-tune on after it.
+    folder
+        Where the recipe is written.
+    """
+    from groundup.stages.starter import write_starter
+
+    write_starter(name, data, minutes=minutes, chats=chats, folder=folder, log=Log())
+
+
 @app.command(name="eval")
 def evaluate(
     target: str,

@@ -151,6 +151,11 @@ def parameter_shapes(shape: ModelConfig) -> dict[str, Shape]:
     return shapes if shape.tie_word_embeddings else shapes | {"lm_head.weight": (vocab, hidden)}
 
 
+def num_parameters(shape: ModelConfig) -> int:
+    """All of a model's, a tied head once."""
+    return sum(map(prod, parameter_shapes(shape).values()))
+
+
 def _block_shapes(shape: ModelConfig, layer: int) -> dict[str, Shape]:
     sizes, hidden = _Sizes(shape), shape.hidden_size
     shapes: dict[str, Shape] = {}
@@ -209,7 +214,7 @@ def trained_shapes(shape: ModelConfig, adapter: AdapterConfig | None) -> dict[st
 def footprint(shape: ModelConfig, training: Training) -> Footprint:
     """Memory of one rank that trains a model of this shape."""
     shapes = parameter_shapes(shape)
-    num_whole = sum(map(prod, shapes.values()))
+    num_whole = num_parameters(shape)
     trained = trained_shapes(shape, training.adapter)
     num_trained = sum(map(prod, trained.values()))
     copy = 0 if training.precision == "fp32" else training.item
