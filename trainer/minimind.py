@@ -10,8 +10,6 @@ learn faster: Muon, warmup, decay of matrices only.
 import argparse
 import difflib
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +27,10 @@ VOCAB_SIZE = 6400
 SEED = 42
 HELD_OUT = 0.01
 LORA_RANK = 16
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+"""By --use_moe."""
+EXPERTS, EXPERTS_A_TOKEN, BALANCE = 4, 1, 5e-4
+FP16_ON_A_CPU = "--dtype float16: on a CPU it is about 100 times slower than float32"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,11 @@ def make_parser(door: Door) -> argparse.ArgumentParser:
     add("--batch_size", type=count, default=door.batch_size, help="rows in one forward pass")
     add("--learning_rate", type=size, default=door.learning_rate)
     add("--device", default="auto", help="cpu or cuda:0; auto takes CUDA where torch sees it")
-    add("--dtype", default="bfloat16", help="bfloat16 or float32, of the products; weights stay in float32")
+    add(
+        "--dtype",
+        default="bfloat16",
+        help="bfloat16, float16 (CUDA) or float32, of the products; weights stay in float32",
+    )
     add("--num_workers", type=int, default=8, help="processes that clean and tokenize large files, at most one a core")
     add("--accumulation_steps", type=count, default=door.accumulation_steps, help="forward passes in a step")
     add("--grad_clip", type=size, default=1.0, help="largest norm of the gradients")
@@ -94,7 +100,7 @@ def make_parser(door: Door) -> argparse.ArgumentParser:
     add("--hidden_size", type=count, default=768)
     add("--num_hidden_layers", type=count, default=8)
     add("--max_seq_len", type=count, default=door.max_seq_len, help="tokens in a row")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="not there yet: 1 is refused")
+    add("--use_moe", type=int, choices=(0, 1), default=0, help="1 trains 4 experts in every layer, one for a token")
     data = "jsonl of {text}, or a tokens/ folder" if door.stage == "pretrain" else "jsonl of {conversations}"
     add("--data_path", type=Path, default=HERE / door.data, help=data)
     add("--from_weight", default=door.from_weight, help="model in save_dir to begin with")
@@ -111,8 +117,6 @@ def make_parser(door: Door) -> argparse.ArgumentParser:
 def open_door(door: Door, arguments: Sequence[str] | None = None) -> None:
     """Parse, run the stages, place the model and say how to go on; an error is one line and an exit code."""
     machine.prepare_process()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
-        sys.exit(ConfigError.exit_code)  # rank 0 says why
     with errors_as_lines(), _in_words_of_the_door():
         flags = make_parser(door).parse_args(arguments)
         refuse(flags)
@@ -138,29 +142,19 @@ def refuse(flags: argparse.Namespace) -> None:
     """Raise ConfigError for what MiniMind has and groundup has not, with what works instead."""
     faults = [
         (
-            int(os.environ.get("WORLD_SIZE", "1")) > 1,
-            f"{os.environ.get('WORLD_SIZE')} processes: training on several is not there yet",
-            "use torchrun --nproc_per_node 1 and a larger --accumulation_steps",
-        ),
-        (
-            flags.use_moe == 1,
-            "--use_moe 1: mixture of experts is not there yet",
-            "train the dense model with --use_moe 0",
-        ),
-        (
             flags.use_wandb or flags.wandb_project is not None,
             "--use_wandb: groundup sends nothing over the network",
             "leave it out: all figures are in metrics.jsonl, and `groundup report` draws them",
         ),
         (
-            flags.dtype == "float16",
-            "--dtype float16: on a CPU it is about 100 times slower than float32, and nothing here scales its loss",
+            flags.dtype == "float16" and flags.device == "cpu",
+            FP16_ON_A_CPU,
             "use --dtype bfloat16 or float32",
         ),
         (
             flags.dtype not in ("float16", "bfloat16", "float32"),
             f"--dtype {flags.dtype!r} is unknown",
-            "use --dtype bfloat16 or float32",
+            "use --dtype bfloat16, float16 or float32",
         ),
         (
             flags.device not in ("auto", "cpu", "cuda", "cuda:0"),
@@ -183,12 +177,14 @@ def _run(door: Door, flags: argparse.Namespace) -> None:
     # late: torch and the stages, which --help and a refused flag do without
     from groundup.base.artifact import ChangePolicy, RunFolder
     from groundup.base.log import Log
+    from groundup.parallel.world import World
     from groundup.stages.models import place_model
     from groundup.stages.run import run_stages
     from groundup.stages.work import Work
 
-    log = Log()
-    name = f"{flags.name}_{flags.hidden_size}"
+    world = World.from_environment()
+    log = Log(quiet=not world.is_first)
+    name = _model_name(flags.name, flags)
     recipe = make_recipe(door, flags, log)
     target, folder = flags.save_dir / name, flags.save_dir / ".groundup" / name
     if target.exists() and not folder.exists():
@@ -202,8 +198,10 @@ def _run(door: Door, flags: argparse.Namespace) -> None:
     run = RunFolder(folder)
     if door.stage == "pretrain":
         data = ("tokenizer", "tokenize") if recipe.tokens.path else ("clean", "tokenizer", "tokenize")
-        run_stages(Work(recipe, run, log), data)
-    run_stages(Work(recipe, run, log, ChangePolicy(restart=not flags.from_resume)), (door.stage,))
+        run_stages(Work(recipe, run, log, world=world), data)
+    run_stages(Work(recipe, run, log, ChangePolicy(restart=not flags.from_resume), world), (door.stage,))
+    if not world.is_first:
+        return
     if door.stage == "lora":
         run_stages(Work(recipe, run, log), ("merge",))
     place_model(
@@ -217,9 +215,15 @@ def _say_how_to_go_on(door: Door, flags: argparse.Namespace, log: Any, target: P
     log.say(f"\nmodel  {target}" + ("  (adapter in adapter/)" if door.stage == "lora" else ""))
     if following is not None:
         sizes = f"--hidden_size {flags.hidden_size} --num_hidden_layers {flags.num_hidden_layers}"
+        sizes += " --use_moe 1" if flags.use_moe else ""
         log.say(f"  python trainer/{following} --from_weight {flags.name} {sizes} --save_dir {flags.save_dir}")
     log.say(f'  groundup generate {target} "Once"' if door.stage == "pretrain" else f"  groundup chat {target}")
     log.say(f"  groundup report {folder}")
+
+
+def _model_name(weight: str, flags: argparse.Namespace) -> str:
+    """The folder of a model, as MiniMind names its file."""
+    return f"{weight}_{flags.hidden_size}{'_moe' if flags.use_moe else ''}"
 
 
 def make_recipe(door: Door, flags: argparse.Namespace, log: Any) -> Any:
@@ -228,7 +232,7 @@ def make_recipe(door: Door, flags: argparse.Namespace, log: Any) -> Any:
     from groundup.stages.recipe import Recipe
 
     training = _training(flags, log)
-    values: dict[str, Any] = {"name": f"{flags.name}_{flags.hidden_size}", "seed": SEED}
+    values: dict[str, Any] = {"name": _model_name(flags.name, flags), "seed": SEED}
     if door.stage == "pretrain":
         if flags.from_weight != "none":
             raise ConfigError(
@@ -278,10 +282,18 @@ def _shape(flags: argparse.Namespace) -> dict[str, Any]:
             what=f"--hidden_size {flags.hidden_size} does not give {HEADS} heads of an even size",
             next=f"use {nearest}",
         )
+    inner = math.ceil(flags.hidden_size * math.pi / 64) * 64
+    experts = {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS_A_TOKEN,
+        "moe_intermediate_size": inner,
+        "router_aux_loss_coef": BALANCE,
+    }
     return {
-        "model_type": "qwen3",
+        "model_type": MODEL_TYPES[flags.use_moe],
+        **(experts if flags.use_moe else {}),
         "hidden_size": flags.hidden_size,
-        "intermediate_size": math.ceil(flags.hidden_size * math.pi / 64) * 64,
+        "intermediate_size": inner,
         "num_hidden_layers": flags.num_hidden_layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
@@ -316,6 +328,12 @@ def _training(flags: argparse.Namespace, log: Any) -> dict[str, Any]:
 def _precision(flags: argparse.Namespace, log: Any) -> str:
     if flags.dtype == "float32":
         return "fp32"
+    if flags.dtype == "float16":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("E-FLAG", what=FP16_ON_A_CPU, next="use --dtype bfloat16 or float32")
+        return "fp16"
     if flags.device == "cpu" and not machine.has_fast_bf16():
         log.say("--dtype bfloat16 → float32: this CPU does not multiply bfloat16 in hardware")
         return "fp32"
@@ -324,7 +342,7 @@ def _precision(flags: argparse.Namespace, log: Any) -> str:
 
 def _base_model(flags: argparse.Namespace) -> Path:
     """Directory of --from_weight. Raises ConfigError or CheckpointError if it cannot be the beginning of this run."""
-    stem = f"{flags.from_weight}_{flags.hidden_size}"
+    stem = _model_name(flags.from_weight, flags)
     folder: Path = flags.save_dir / stem
     if flags.from_weight == flags.name:
         raise ConfigError(
@@ -356,4 +374,11 @@ def _base_model(flags: argparse.Namespace) -> Path:
                 where=folder,
                 next=f"give --{name} {config.get(name)}",
             )
+    if config.get("model_type") != MODEL_TYPES[flags.use_moe]:
+        raise ConfigError(
+            "E-FLAG",
+            what=f"--use_moe {flags.use_moe}, but the model is a {config.get('model_type')}",
+            where=folder,
+            next=f"give --use_moe {1 - flags.use_moe}, or another --from_weight",
+        )
     return folder

@@ -145,16 +145,30 @@ def test_a_placed_model_is_whole_or_the_one_before(trained, doors, monkeypatch):
     assert hashes(trained / "out" / "pretrain_32") == before
 
 
-@pytest.mark.slow
-def test_a_door_runs_under_torchrun(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "1",
-        str(TRAINER / "train_pretrain.py"),
-    ]
+def test_a_mixture_of_experts_goes_through_the_three_doors(folder, doors):
+    from transformers import AutoModelForCausalLM
+
+    moe = [*SMALL, "--use_moe", "1"]
+    doors["pretrain"].main(["--data_path", "x.jsonl", *moe])
+    doors["sft"].main(["--data_path", "chats.jsonl", *moe])
+    doors["lora"].main(["--data_path", "chats.jsonl", *moe, "--lora_name", "it"])
+    for name in ("pretrain_32_moe", "full_sft_32_moe", "it_32_moe"):
+        config = read_json(folder / "out" / name / "config.json")
+        assert (config["model_type"], config["num_experts"], config["num_experts_per_tok"]) == ("qwen3_moe", 4, 1)
+        assert config["moe_intermediate_size"] == 128 and config["router_aux_loss_coef"] == 5e-4
+        model = AutoModelForCausalLM.from_pretrained(folder / "out" / name, dtype=torch.float32)
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_doors_run_under_torchrun(folder, num_processes):
+    """MiniMind's own way to several cards: the same model, but for the last bits of its sums."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--data_path", "x.jsonl", *SMALL], check=True, env=environment, capture_output=True)
-    assert (folder / "out" / "pretrain_32" / "model.safetensors").is_file()
+    for script, data in (("train_pretrain.py", "x.jsonl"), ("train_full_sft.py", "chats.jsonl")):
+        command = [*launcher, str(TRAINER / script), "--data_path", data, *SMALL, "--batch_size", "4"]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+    for name in ("pretrain", "full_sft"):
+        assert (folder / "out" / f"{name}_32" / "model.safetensors").is_file()
+        stage = folder / "out" / ".groundup" / f"{name}_32" / ("pretrain" if name == "pretrain" else "sft")
+        assert read_json(stage / "summary.json")["ranks"] == num_processes

@@ -1,11 +1,13 @@
 """MiniMind's flags: every default, and one line for each that cannot be obeyed."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from groundup.base import machine
 from groundup.base.log import Log
@@ -50,7 +52,6 @@ def refused(doors, stage, arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--use_moe", "1"], "--use_moe 0"),
         (["--use_wandb"], "metrics.jsonl"),
         (["--wandb_project", "mine"], "metrics.jsonl"),
         (["--dtype", "float16"], "--dtype bfloat16"),
@@ -80,15 +81,17 @@ def test_a_flag_that_cannot_be_obeyed_is_refused_in_one_line(doors, folder, caps
     assert not (folder / "out" / "pretrain_32").exists()
 
 
-def test_a_second_process_is_refused(doors, folder, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    code, said = refused(doors, "sft", SMALL, capsys)
-    assert code == 2 and "--nproc_per_node 1" in said
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as stop:
-        doors["sft"].main(SMALL)
-    assert stop.value.code == 2 and capsys.readouterr().err == ""
+@pytest.mark.parametrize(("has_cuda", "device"), [(False, "auto"), (False, "cpu"), (True, "auto"), (True, "cuda:0")])
+def test_float16_is_for_cuda(doors, folder, monkeypatch, capsys, has_cuda, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    arguments = ["--data_path", "x.jsonl", *SMALL, "--dtype", "float16", "--device", device]
+    if not has_cuda:
+        code, said = refused(doors, "pretrain", arguments, capsys)
+        assert code == 2 and "float16: on a CPU it is about 100 times slower" in said
+        return
+    flags = doors["minimind"].make_parser(doors["pretrain"].DOOR).parse_args(arguments)
+    doors["minimind"].refuse(flags)
+    assert doors["minimind"].make_recipe(doors["pretrain"].DOOR, flags, Log(quiet=True)).pretrain.precision == "fp16"
 
 
 def test_compiling_without_a_compiler_is_refused(doors, folder, capsys, monkeypatch):
@@ -103,6 +106,11 @@ def test_a_beginning_that_is_not_there_is_refused(doors, folder, capsys):
     (folder / "out" / "pretrain_32" / "config.json").write_text('{"hidden_size": 32, "num_hidden_layers": 4}')
     code, said = refused(doors, "sft", ["--data_path", "chats.jsonl", *SMALL], capsys)
     assert code == 2 and "--num_hidden_layers 4" in said
+    (folder / "out" / "pretrain_32_moe").mkdir()
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "model_type": "qwen3"}
+    (folder / "out" / "pretrain_32_moe" / "config.json").write_text(json.dumps(config))
+    code, said = refused(doors, "sft", ["--data_path", "chats.jsonl", *SMALL, "--use_moe", "1"], capsys)
+    assert code == 2 and "--use_moe 1, but the model is a qwen3" in said and "Give --use_moe 0" in said
     code, said = refused(doors, "sft", ["--data_path", "c", *SMALL, "--save_weight", "pretrain"], capsys)
     assert code == 2 and "another name" in said
 
@@ -147,7 +155,7 @@ def test_bfloat16_without_hardware_becomes_float32_and_says_so(doors, monkeypatc
 def test_a_refused_flag_and_help_need_no_torch(folder):
     script = TRAINER / "train_lora.py"
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", script, "--use_moe", "1"],
+        [sys.executable, "-X", "importtime", script, "--use_wandb"],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
