@@ -27,6 +27,8 @@ SETS = {
     "tool_calls": "glaive_toolcall_en_demo.json",
     "gsm8k": "gsm8k_train.jsonl",
 }
+ROW_LENGTHS = {"tool_calls": 4096}
+"""Rows of chats that are long themselves; 1,024 where nothing stands here. Both leave at most 2 % of padding."""
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-3},
     "lora": {"adapter": "lora", "lora_rank": 32, "lora_alpha": 64, "use_rslora": True, "lr": 2e-3},
@@ -53,7 +55,7 @@ def base_recipe(out: Path, *, is_small: bool) -> dict[str, Any]:
         "tokenizer": {"vocab_size": 4096},
         "model": {
             **{"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096},
         },
         "pretrain": {
             **{"duration": "200 steps" if is_small else "1500 steps", "row_length": 256, "batch_size_tokens": 4096},
@@ -65,9 +67,10 @@ def base_recipe(out: Path, *, is_small: bool) -> dict[str, Any]:
 def tuning_recipe(out: Path, data: Path, chats: str, method: str, *, is_small: bool) -> tuple[str, dict[str, Any]]:
     """(stage, recipe) of one run."""
     stage = "sft" if method == "full" else "lora"
+    length = ROW_LENGTHS.get(chats, 1024)
     section = {
         **{"data": str(data / SETS[chats]), "init_from": str(out / "runs" / "base" / "pretrain" / "model")},
-        **{"duration": "60 steps" if is_small else "600 steps", "row_length": 768, "batch_size_tokens": 6144},
+        **{"duration": "60 steps" if is_small else "600 steps", "row_length": length, "batch_size_tokens": 8192},
         **{"validation_fraction": HELD_OUT, "optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.0},
         **{"validate_every": "50 steps", "audit_prompts": 8, "checkpoint_every": "100 steps", "overlong": "drop_turns"},
         "chat_template": "built-in",

@@ -39,7 +39,9 @@ SHAPES = {
     "small": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4},
     "large": {"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
 }
-BATCHES = (512, 2048)
+UNSEEN = {"middle": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}}
+"""A size that the constants were not fitted to, at a batch they were not fitted to either."""
+BATCHES, UNSEEN_BATCH = (512, 2048), 1024
 RATES = {"muon": (0.01, 0.02, 0.04), "adamw": (2e-3, 4e-3, 8e-3)}
 """Where a sweep begins; it goes on by factors of 2 while the best rate is the lowest or the highest."""
 LAWS = {"muon": muon_lr, "adamw": adamw_lr}
@@ -67,7 +69,7 @@ def held_out_loss(
     size: str, section: dict[str, Any], work: Work, folder: Path, *, seed: int = 1
 ) -> tuple[int, float, float]:
     """(parameters, held-out loss at the end, seconds) of one training run."""
-    model = CausalLM(ModelConfig(num_key_value_heads=2, vocab_size=VOCAB_SIZE, **SHAPES[size]))
+    model = CausalLM(ModelConfig(num_key_value_heads=2, vocab_size=VOCAB_SIZE, **(SHAPES | UNSEEN)[size]))
     model.initialize(torch.Generator().manual_seed(seed))
     rows = {
         split: PackedDocuments(
@@ -140,13 +142,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizer", choices=list(RATES), action="append")
     parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--unseen", action="store_true", help="the point beside those that the constants are fitted to")
     parser.add_argument("--folder", type=Path, default=Path("runs/lr-law"))
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     wanted.folder.mkdir(parents=True, exist_ok=True)
     work = prepared(wanted.folder)
     is_near = True
-    for optimizer, size, batch in itertools.product(wanted.optimizer or RATES, SHAPES, BATCHES):
+    points = [("middle", UNSEEN_BATCH)] if wanted.unseen else list(itertools.product(SHAPES, BATCHES))
+    for optimizer, (size, batch) in itertools.product(wanted.optimizer or RATES, points):
         setting = {"optimizer": optimizer, "size": size, "batch": batch, "tokens": wanted.tokens}
         found = swept(setting, work, wanted.folder)
         best = optimum([run["rate"] for run in found], [run["loss"] for run in found])

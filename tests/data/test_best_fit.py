@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from groundup.data.best_fit import BestFit, best_fit
+from groundup.data.best_fit import BestFit
+
+
+def best_fit(lengths, room):
+    """Items by bin. Of equal items the first in the list comes first."""
+    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
+    plan = BestFit(np.bincount(np.array(lengths, dtype=np.int64), minlength=1), room)
+    return [[order[rank] for rank in plan.ranks(number)] for number in range(plan.num_bins)]
 
 
 def one_by_one(lengths, room):

@@ -88,10 +88,3 @@ class BestFit:
         group = bisect_right(self._firsts, bin_number) - 1
         inside = bin_number - self._firsts[group]
         return [rank + inside * size + number for rank, size in self._takes[group] for number in range(size)]
-
-
-def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Items by bin. Of equal items the first in the list comes first."""
-    order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    plan = BestFit(np.bincount(np.array(lengths, dtype=np.int64), minlength=1), room)
-    return [[order[rank] for rank in plan.ranks(number)] for number in range(plan.num_bins)]

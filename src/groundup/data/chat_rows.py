@@ -1,9 +1,9 @@
-"""Rows of whole chats: best-fit packing with walls, the rows visited in another order each epoch."""
+"""Rows of whole chats, packed as full as they go, with walls; the rows visited in another order each epoch."""
 
 from functools import lru_cache
 
-from groundup.data.best_fit import best_fit
 from groundup.data.encoded_chats import EncodedChats
+from groundup.data.fullest_fit import fullest_fit
 from groundup.data.permutation import Permutation
 from groundup.data.rows import Row, row_of_wholes
 
@@ -13,7 +13,7 @@ class PackedChats:
 
     def __init__(self, chats: EncodedChats, *, row_length: int, seed: int, is_shuffled: bool = True) -> None:
         self.chats, self.row_length = chats, row_length
-        self.bins = best_fit([len(chats.ids(index)) - 1 for index in range(len(chats))], row_length)
+        self.bins = fullest_fit([len(chats.ids(index)) - 1 for index in range(len(chats))], row_length)
         self.rows_per_epoch = len(self.bins)
         self._visit = lru_cache(maxsize=2)(
             lambda epoch: Permutation(self.rows_per_epoch, seed, "rows", epoch) if is_shuffled else int
