@@ -374,7 +374,7 @@ def _base_model(flags: argparse.Namespace) -> Path:
                 where=folder,
                 next=f"give --{name} {config.get(name)}",
             )
-    if config.get("model_type") != MODEL_TYPES[flags.use_moe]:
+    if ("num_experts" in config) != bool(flags.use_moe):
         raise ConfigError(
             "E-FLAG",
             what=f"--use_moe {flags.use_moe}, but the model is a {config.get('model_type')}",

@@ -94,6 +94,19 @@ def test_varlen_by_torch_s_own_operator_equals_dense(make_model):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+def test_shapes_of_many_stages_are_all_compiled(monkeypatch, make_model):
+    """Three models after each other, five shapes of rows each: the compiler would stop at eight without a word."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            model = make_model()
+            apply(model, recompute="none", compiles=True)
+            for rows in range(1, 14):
+                tokens_BT = torch.zeros(rows, 40, dtype=torch.int64)
+                model(tokens_BT, Segments.whole_rows(rows, 40), tokens_BT).loss_sum.backward()
+
+
 def test_names_stay_and_every_block_is_compiled(monkeypatch, make_model):
     model = make_model()
     names, compiled = list(model.state_dict()), []

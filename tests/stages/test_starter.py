@@ -112,6 +112,7 @@ def test_the_recipe_says_what_was_planned(machine, tmp_path, capsys, chats):
     assert (recipe.sft is None) == (chats is None)
     if chats:
         assert recipe.sft.lr < 0.5 * recipe.sft.muon_lr and recipe.sft.replay_every == 5
+        assert (recipe.sft.row_length, recipe.sft.overlong) == (1024, "drop_turns")
     said = capsys.readouterr().out
     assert f"groundup run {path}" in said and "minutes of training" in said
 
@@ -126,12 +127,54 @@ def test_what_cannot_be_is_refused_before_anything_is_timed(tmp_path):
         write_starter("a", str(text), minutes=1, **options | {"chats": str(tmp_path / "none")})
     with pytest.raises(ConfigError, match="--minutes 0"):
         write_starter("a", str(text), minutes=0, **options)
+    (tmp_path / "chats.jsonl").write_text('{"text": "no chat"}\n')
+    for chats, kind, code in (
+        ("embedded:nope", ConfigError, "unknown embedded chats"),
+        (str(tmp_path / "chats.jsonl"), DataError, "E-DATA-EMPTY: no chat in the first"),
+    ):
+        with pytest.raises(kind, match=code):
+            write_starter("a", str(text), minutes=1, **options | {"chats": chats})
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(DataError, match="E-TOKENS-SPLIT: a text of 11 bytes"):
+        write_starter("a", str(tmp_path / "short.txt"), minutes=1, **options)
+    with pytest.raises(ConfigError, match="no such folder"):
+        write_starter("a", str(text), minutes=1, **options | {"folder": tmp_path / "nowhere"})
     with pytest.raises(ConfigError, match="a run's name"):
         write_starter("a/b", str(text), minutes=1, **options)
     (tmp_path / "a.yaml").write_text("mine")
     with pytest.raises(ConfigError, match="E-OUT: the recipe is there already"):
         write_starter("a", str(text), minutes=1, **options)
-    assert (tmp_path / "a.yaml").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "a.yaml").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["123", "1.0", "no", "true", "2024-01-01", "-", "null"])
+def test_a_name_is_text_whatever_it_looks_like(machine, tmp_path, name):
+    machine(1e10)
+    text = tmp_path / 'a "quoted" path.txt'
+    text.write_text(made_text(200))
+    path = write_starter(name, str(text), minutes=1, chats=None, folder=tmp_path, log=Log(quiet=True))
+    recipe = load_recipe(str(path))
+    assert recipe.name == name and recipe.corpus.source == str(text)
+
+
+def test_a_shape_counts_what_its_recipe_saves(machine, monkeypatch):
+    """The fit is asked with the recipe's own way of saving."""
+    machine(1e10)
+    seen, free = [], starter.seconds_a_step
+    monkeypatch.setattr(starter, "seconds_a_step", lambda shape, config: seen.append(config) or free(shape, config))
+    plan_for(MUCH, 60, Log(quiet=True))
+    assert seen and all(config.checkpoint_every for config in seen)
+
+
+def test_a_gpu_is_timed_at_the_batch_it_will_have(machine, monkeypatch):
+    machine(1e13)
+    seen, free = [], starter.seconds_a_step
+    monkeypatch.setattr(
+        starter, "seconds_a_step", lambda shape, config: seen.append(config.batch_size_tokens) or free(shape, config)
+    )
+    monkeypatch.setattr(starter, "device_of", lambda config: "cuda")
+    plan = plan_for(MUCH, 600, Log(quiet=True))
+    assert plan.batch_tokens > 2048 and plan.batch_tokens in seen
 
 
 @pytest.mark.costly

@@ -11,7 +11,7 @@ from groundup.base.errors import DoesNotFit
 from groundup.model.config import ModelConfig
 from groundup.train.fit import fitting_rows, memory_of_a_rank, training_of
 from groundup.train.footprint import footprint
-from groundup.train.resolve import resolve, resolve_once
+from groundup.train.resolve import resolve, resolve_once, write_resolved
 from groundup.train.run import TrainingRun
 
 SHAPE = ModelConfig(
@@ -103,11 +103,13 @@ def test_rows_that_were_asked_for_go_through_in_fewer_lanes(monkeypatch, make_co
 def test_a_run_that_goes_on_with_less_memory_takes_fewer_rows_and_is_marked(monkeypatch, make_config, tmp_path):
     config = make_config(row_length=256, batch_size_tokens=8192, micro_batch_rows="auto")
     began = resolve_once(tmp_path, config, **SIZES, shape=SHAPE)
+    write_resolved(tmp_path, began, config)
     assert (began.micro_batch_rows, began.shrunk_from) == (8, None)
     training = training_of(config, share_rows=32, rows=2)
     monkeypatch.setattr(machine, "memory_limit_bytes", lambda: footprint(SHAPE, training).total)
     for _ in range(2):
         found = resolve_once(tmp_path, config, **SIZES, shape=SHAPE)
+        write_resolved(tmp_path, found, config)
         assert (found.micro_batch_rows, found.shrunk_from) == (2, 8)
 
 

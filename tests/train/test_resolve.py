@@ -9,12 +9,27 @@ from groundup.base.files import read_json, write_json
 from groundup.model.config import ModelConfig
 from groundup.parallel.world import World
 from groundup.train import resolve as resolve_module
-from groundup.train.resolve import CPU_MICRO_BATCH_TOKENS, RESOLVED, apply_threads, resolve, resolve_once
+from groundup.train.resolve import (
+    CPU_MICRO_BATCH_TOKENS,
+    RESOLVED,
+    apply_threads,
+    resolve,
+    resolve_once,
+    shrink_for_good,
+    write_resolved,
+)
 from groundup.train.run import TrainingRun
 
 
 def resolved(config, rows_per_epoch=10, matrix_parameters=1000):
     return resolve(config, rows_per_epoch=rows_per_epoch, matrix_parameters=matrix_parameters)
+
+
+def resolved_in(folder, config, **sizes):
+    """As a run that began: what it goes by is written."""
+    found = resolve_once(folder, config, **sizes)
+    write_resolved(folder, found, config)
+    return found
 
 
 @pytest.mark.parametrize("row_length", [16, 100, 256, 512, 2048, 5000])
@@ -106,12 +121,12 @@ def test_a_resumed_run_keeps_what_it_began_with(monkeypatch, tmp_path, make_conf
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
     monkeypatch.setattr(machine, "num_cores", lambda: 7)
-    began = resolve_once(tmp_path, config, **sizes)
+    began = resolved_in(tmp_path, config, **sizes)
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: False)
     monkeypatch.setattr(machine, "num_cores", lambda: 3)
-    assert resolve_once(tmp_path, config, **sizes) == began
+    assert resolved_in(tmp_path, config, **sizes) == began
     longer = config.model_copy(update={"duration": "500 steps"})
-    assert resolve_once(tmp_path, longer, **sizes).total_steps == 500
+    assert resolved_in(tmp_path, longer, **sizes).total_steps == 500
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 6, 7, 24, 97])
@@ -134,13 +149,13 @@ def test_a_run_on_more_ranks_divides_anew_and_keeps_the_rest(tmp_path, make_conf
     config = make_config(precision="auto", num_threads="auto", micro_batch_rows="auto")
     monkeypatch.setattr(machine, "num_cores", lambda: 4)
     two = World(0, 2, num_local=2)
-    began = resolve_once(tmp_path, config, **sizes)
+    began = resolved_in(tmp_path, config, **sizes)
     assert (began.num_threads, began.micro_batch_rows) == (4, 4)
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: False)
     monkeypatch.setattr(machine, "num_cores", lambda: 6)
-    spread = resolve_once(tmp_path, config, **sizes, world=two)
+    spread = resolved_in(tmp_path, config, **sizes, world=two)
     assert (spread.precision, spread.num_threads, spread.micro_batch_rows, spread.num_ranks) == ("bf16", 3, 2, 2)
-    assert resolve_once(tmp_path, config, **sizes) == began
+    assert resolved_in(tmp_path, config, **sizes) == began
 
 
 def test_more_ranks_than_cuda_devices_are_refused(make_config, monkeypatch):
@@ -161,17 +176,17 @@ def test_a_run_that_goes_on_without_its_gpu_is_laid_out_for_a_cpu(tmp_path, monk
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 10**16}
     config = make_config(precision="auto", attention="auto", micro_batch_rows="auto", compile="auto", device="auto")
     half = config.model_copy(update={"precision": "fp16"})
-    began = resolve_once(tmp_path, config, **sizes)
+    began = resolved_in(tmp_path, config, **sizes)
     assert (began.device, began.attention, began.compile) == ("cuda", "varlen", True)
     (tmp_path / "half").mkdir()
-    resolve_once(tmp_path / "half", half, **sizes)
+    resolved_in(tmp_path / "half", half, **sizes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "has_compiler", lambda: False)
     for _ in range(2):
-        later = resolve_once(tmp_path, config, **sizes)
+        later = resolved_in(tmp_path, config, **sizes)
         assert (later.device, later.precision, later.attention, later.compile) == ("cpu", "bf16", "sdpa", False)
     with pytest.raises(ConfigError, match="E-COMBINATION: precision: fp16 with device: cpu"):
-        resolve_once(tmp_path / "half", half, **sizes)
+        resolved_in(tmp_path / "half", half, **sizes)
 
 
 def test_varlen_on_an_old_gpu_is_refused(monkeypatch, make_config):
@@ -225,11 +240,11 @@ def test_tf32_is_nothing_on_a_cpu(monkeypatch, make_config):
 def test_a_run_of_before_a_setting_goes_on(tmp_path, make_config):
     """A run's resolved settings may lack what was not known when it began."""
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
-    began = resolve_once(tmp_path, make_config(), **sizes)
+    began = resolved_in(tmp_path, make_config(), **sizes)
     values = read_json(tmp_path / RESOLVED)
     del values["allow_tf32"]
     write_json(tmp_path / RESOLVED, values)
-    assert resolve_once(tmp_path, make_config(), **sizes) == began
+    assert resolved_in(tmp_path, make_config(), **sizes) == began
 
 
 def shape_with(**changes):
@@ -295,23 +310,74 @@ def test_dropout_of_a_section_leaves_one_lane(monkeypatch, make_job):
     assert lanes == [2, 1]
 
 
+def test_what_a_refused_start_would_have_taken_is_forgotten(tmp_path, make_config):
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    short = make_config(duration="100 steps", warmup="5 %")
+    resolved_in(tmp_path, short, **sizes)
+    longer = short.model_copy(update={"duration": "1000 steps"})
+    assert resolve_once(tmp_path, longer.model_copy(update={"warmup": "10 %"}), **sizes).warmup_steps == 100
+    assert resolve_once(tmp_path, longer, **sizes).warmup_steps == 5
+
+
+def test_a_run_made_shorter_than_its_warmup_warms_up_anew(tmp_path, make_config):
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    config = make_config(duration="1000 steps", warmup="5 %")
+    assert resolved_in(tmp_path, config, **sizes).warmup_steps == 50
+    assert resolve_once(tmp_path, config.model_copy(update={"duration": "40 steps"}), **sizes).warmup_steps == 2
+    assert resolve_once(tmp_path, config.model_copy(update={"duration": "51 steps"}), **sizes).warmup_steps == 50
+
+
+def test_a_pinned_compiler_must_be_there(tmp_path, make_config, monkeypatch):
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 10**12}
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
+    config = make_config(compile="auto")
+    assert resolved_in(tmp_path, config, **sizes).compile
+    monkeypatch.setattr(machine, "has_compiler", lambda: False)
+    with pytest.raises(ConfigError, match="E-CONFIG-COMPILE"):
+        resolve_once(tmp_path, config, **sizes)
+
+
+def test_memory_that_ran_out_after_a_change_keeps_both(tmp_path, make_config):
+    """With another number of ranks than at the beginning, where a change alone is not written."""
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    resolved_in(tmp_path, make_config(lr=0.001), **sizes, world=World(0, 2, num_local=2))
+    changed = make_config(lr=0.0005)
+    shrunk = shrink_for_good(
+        tmp_path, resolved_in(tmp_path, changed, **sizes), changed, micro_batch_rows=1, num_lanes=1
+    )
+    assert shrunk.lr == 0.0005
+    again = resolved_in(tmp_path, changed, **sizes)
+    assert (again.lr, again.micro_batch_rows, again.shrunk_from) == (0.0005, 1, 2)
+    assert resolve_once(tmp_path, make_config(lr=0.001), **sizes).lr == 0.001
+
+
+def test_an_older_run_s_settings_are_those_the_recipe_says_outright(tmp_path, make_config):
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000}
+    began = resolved_in(tmp_path, make_config(lr=0.001, muon_lr="auto"), **sizes)
+    values = read_json(tmp_path / RESOLVED)
+    del values["asked"]
+    write_json(tmp_path / RESOLVED, values)
+    found = resolve_once(tmp_path, make_config(lr=0.0005, muon_lr="auto"), **sizes | {"matrix_parameters": 9})
+    assert (found.lr, found.muon_lr) == (0.0005, began.muon_lr)
+
+
 def test_rates_are_settled_once(tmp_path, make_config):
     auto = make_config(lr="auto", muon_lr="auto")
-    first = resolve_once(tmp_path, auto, rows_per_epoch=10, matrix_parameters=1_000_000)
+    first = resolved_in(tmp_path, auto, rows_per_epoch=10, matrix_parameters=1_000_000)
     assert first.muon_lr == pytest.approx(0.0154 * 8 / 31.6227766) and first.lr == pytest.approx(first.muon_lr / 3)
     # with another law or size a run that goes on keeps its rates, unless they are changed in the recipe
-    again = resolve_once(tmp_path, auto, rows_per_epoch=10, matrix_parameters=9)
+    again = resolved_in(tmp_path, auto, rows_per_epoch=10, matrix_parameters=9)
     assert (again.lr, again.muon_lr) == (first.lr, first.muon_lr)
     changed = make_config(lr=0.5, muon_lr="auto")
     for _ in range(2):
-        asked = resolve_once(tmp_path, changed, rows_per_epoch=10, matrix_parameters=9)
+        asked = resolved_in(tmp_path, changed, rows_per_epoch=10, matrix_parameters=9)
         assert (asked.lr, asked.muon_lr) == (0.5, first.muon_lr)
     assert again.settle(auto).lr == first.lr and auto.lr == "auto"
 
 
 def test_the_maker_of_8_bits_is_kept(tmp_path, make_config, monkeypatch):
     config = make_config(optimizer="adamw_8bit")
-    assert resolve_once(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"
+    assert resolved_in(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"
     monkeypatch.setattr(resolve_module, "eight_bit_maker", lambda config: "torchao")
-    assert resolve_once(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"
+    assert resolved_in(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"
     assert resolve(config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "torchao"

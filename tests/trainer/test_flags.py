@@ -107,10 +107,10 @@ def test_a_beginning_that_is_not_there_is_refused(doors, folder, capsys):
     code, said = refused(doors, "sft", ["--data_path", "chats.jsonl", *SMALL], capsys)
     assert code == 2 and "--num_hidden_layers 4" in said
     (folder / "out" / "pretrain_32_moe").mkdir()
-    config = {"hidden_size": 32, "num_hidden_layers": 1, "model_type": "qwen3"}
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "model_type": "llama"}
     (folder / "out" / "pretrain_32_moe" / "config.json").write_text(json.dumps(config))
     code, said = refused(doors, "sft", ["--data_path", "chats.jsonl", *SMALL, "--use_moe", "1"], capsys)
-    assert code == 2 and "--use_moe 1, but the model is a qwen3" in said and "Give --use_moe 0" in said
+    assert code == 2 and "--use_moe 1, but the model is a llama" in said and "Give --use_moe 0" in said
     code, said = refused(doors, "sft", ["--data_path", "c", *SMALL, "--save_weight", "pretrain"], capsys)
     assert code == 2 and "another name" in said
 

@@ -1,7 +1,12 @@
 """What is put onto a model from outside, in one order."""
 
+import torch
+
 from groundup.model.causal_lm import CausalLM
 from groundup.parallel.recompute import Recompute, recompute_blocks
+
+MOST_SHAPES = 128
+"""Shapes of rows that one run may meet: of training and of each validation set, full and cut."""
 
 
 def apply(model: CausalLM, *, recompute: Recompute, compiles: bool) -> None:
@@ -11,6 +16,9 @@ def apply(model: CausalLM, *, recompute: Recompute, compiles: bool) -> None:
     """
     recompute_blocks(model, recompute)
     if compiles:
+        # every block of a process shares one code, and past a limit its shapes would be computed uncompiled without a word
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
         for block in model.model.layers:
             # each shape for itself: kernels for any shape would depend on which one came first, and so would the bits
             block.compile(dynamic=False)

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,15 @@ def data_hash(data: str) -> dict[str, str]:
         for row in EMBEDDED[data]():
             digest.update(json.dumps(row, sort_keys=True).encode())
         return {data: digest.hexdigest()}
+    _refuse_unknown(data)
+    return {file.name: sha256_of(file.path) for file in find_sources(data).files}
+
+
+def _refuse_unknown(data: str) -> None:
     if data.startswith("embedded"):
         raise ConfigError(
             "E-CONFIG-VALUE", what=f"unknown embedded chats {data!r}", next=f"known: {', '.join(EMBEDDED)}"
         )
-    return {file.name: sha256_of(file.path) for file in find_sources(data).files}
 
 
 def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
@@ -74,7 +78,8 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
 
     def good() -> Iterator[Chat]:
         nonlocal num_read
-        for row in _rows(config):
+        columns = {str(role): name for role, name in config.columns.items()}
+        for row in read_rows(config.data, columns, merge_roles=config.merge_roles):
             num_read += 1
             if isinstance(row, Chat):
                 yield row
@@ -124,12 +129,12 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
     return ChatData(train, validation, ledger, bad_rows)
 
 
-def _rows(config: FinetuneConfig) -> Iterator[Chat | BadRow]:
-    if config.data in EMBEDDED:
-        for number, row in enumerate(EMBEDDED[config.data]()):
-            yield as_chat(row, config.data, number)
+def read_rows(data: str, columns: Mapping[str, str], *, merge_roles: bool) -> Iterator[Chat | BadRow]:
+    """Every row of the chats that a recipe names. Raises ConfigError or DataError for what is none."""
+    if data in EMBEDDED:
+        for number, row in enumerate(EMBEDDED[data]()):
+            yield as_chat(row, data, number)
         return
-    for file in find_sources(config.data).files:
-        yield from read_chats(
-            file, columns={str(role): name for role, name in config.columns.items()}, merges_roles=config.merge_roles
-        )
+    _refuse_unknown(data)
+    for file in find_sources(data).files:
+        yield from read_chats(file, columns=dict(columns), merges_roles=merge_roles)

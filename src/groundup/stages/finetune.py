@@ -36,7 +36,7 @@ from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_templat
 from groundup.train.job import TrainingJob
 from groundup.train.run import TrainingRun
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FinetuneStage = Literal["sft", "lora"]
 
 

@@ -3,23 +3,31 @@
 The machine is timed here, once; what is written are numbers of tokens, so that the run itself depends on no clock.
 """
 
+import itertools
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from groundup.base.config import validate
-from groundup.base.errors import ConfigError, DoesNotFit
+from groundup.base.errors import ConfigError, DataError, DoesNotFit
 from groundup.base.files import atomic_write
 from groundup.base.log import Log
 from groundup.corpus.config import CorpusConfig
 from groundup.corpus.sources import find_sources
+from groundup.data.chats import Chat
 from groundup.model.config import ModelConfig
 from groundup.optim.lr_law import settled
+from groundup.stages.chat_data import read_rows
 from groundup.stages.config import PretrainConfig
-from groundup.stages.recipe import Recipe, load_recipe
+from groundup.stages.recipe import Recipe
 from groundup.train.footprint import num_parameters
 from groundup.train.pace import seconds_a_step
+from groundup.train.resolve import device_of
 
 LADDER = ((64, 3), (96, 4), (128, 4), (192, 5), (256, 6), (384, 8), (512, 8), (640, 10), (768, 12), (1024, 16))
 """Width and layers of the shapes to choose from."""
@@ -31,7 +39,7 @@ EXPANSION = 3.0
 """Of a compressed file."""
 TOKENS_A_PARAMETER = 0.6
 """Fewest tokens that a model is trained on for each of its parameters: below that a smaller model gets further in the same
-time (docs/techniques.md)."""
+time (docs/log.md)."""
 MOST_EPOCHS = 8
 """Passes over the text beyond which a run is shorter than its time instead."""
 STEPS = 600
@@ -41,6 +49,8 @@ PIECES, LEAST_PIECE = 100, 1024
 """Pieces that a text should have, and the fewest bytes of one."""
 SHARE_OF_TRAINING = 0.9
 """Of the time, what is left beside cleaning, looks at held-out text and saving."""
+ROWS_LOOKED_AT = 1000
+CHAT_ROW, CHAT_BATCH = 1024, 4096
 SFT_SHARE = 1 / 3
 """Of pretraining's rates."""
 
@@ -78,6 +88,8 @@ class Plan:
 def write_starter(name: str, data: str, *, minutes: float, chats: str | None, folder: Path, log: Log) -> Path:
     """Write FOLDER/NAME.yaml and say what it holds. Raises ConfigError where that is there, DataError without text."""
     path = folder / f"{name}.yaml"
+    if not folder.is_dir():
+        raise ConfigError("E-OUT", what="no such folder", where=folder, next="make it first")
     validate(Recipe, {"name": name}, where="init", lines={})
     if path.exists():
         raise ConfigError("E-OUT", what="the recipe is there already", where=path, next="choose another name")
@@ -86,18 +98,33 @@ def write_starter(name: str, data: str, *, minutes: float, chats: str | None, fo
     num_bytes = sum(
         file.path.stat().st_size * (EXPANSION if file.compression else 1) for file in find_sources(data).files
     )
-    if chats is not None and not chats.startswith("embedded:"):
-        find_sources(chats)
+    if num_bytes < 2 * LEAST_PIECE:
+        raise DataError(
+            "E-TOKENS-SPLIT",
+            what=f"a text of {num_bytes:,.0f} bytes: none of it could be held out",
+            where=data,
+            next="give more",
+        )
+    if chats is not None:
+        rows = itertools.islice(read_rows(chats, {}, merge_roles=False), ROWS_LOOKED_AT)
+        if not any(isinstance(row, Chat) for row in rows):
+            raise DataError(
+                "E-DATA-EMPTY",
+                what=f"no chat in the first {ROWS_LOOKED_AT} rows",
+                where=chats,
+                next="give rows with messages, conversations, prompt/completion or question/answer",
+            )
     plan = plan_for(int(num_bytes), minutes * 60, log)
+    text = recipe_of(name, data, chats, plan, path)
+    validate(Recipe, yaml.safe_load(text), where=str(path), lines={})
     with atomic_write(path) as file:
-        file.write(recipe_of(name, data, chats, plan).encode())
-    load_recipe(str(path))
+        file.write(text.encode())
     log.say(f"{path}: {plan.words()}")
     if plan.epochs >= MOST_EPOCHS * 0.99:
         log.say(
             f"  more than {MOST_EPOCHS} passes teach little: shorter than {minutes:g} minutes; more text would use them"
         )
-    log.say(f"Go on with:\n  groundup run {path}")
+    log.say(f"Go on with:\n  groundup run {shlex.quote(str(path))}")
     return path
 
 
@@ -140,10 +167,14 @@ def _planned(shape: ModelConfig, row_length: int, num_bytes: int, seconds: float
     assert shape.vocab_size != "auto"
     text_tokens = max(1, int(num_bytes / BYTES_A_TOKEN[shape.vocab_size]))
     a_batch = LEAST_BATCH
-    pace = seconds_a_step(shape, _section(row_length, a_batch, a_batch)) / a_batch
+    section = _section(row_length, a_batch, a_batch)
+    pace = seconds_a_step(shape, section) / a_batch
     tokens = min(seconds * SHARE_OF_TRAINING / pace, MOST_EPOCHS * text_tokens)
     while a_batch < LARGEST_BATCH and tokens / (2 * a_batch) >= STEPS * math.sqrt(2 * a_batch / LEAST_BATCH):
         a_batch *= 2
+    if a_batch > LEAST_BATCH and device_of(section) == "cuda":  # small steps are bound by their launches there
+        pace = seconds_a_step(shape, _section(row_length, a_batch, a_batch)) / a_batch
+        tokens = min(seconds * SHARE_OF_TRAINING / pace, MOST_EPOCHS * text_tokens)
     tokens = max(1, round(tokens / a_batch)) * a_batch
     return Plan(
         hidden=shape.hidden_size,
@@ -161,21 +192,26 @@ def _planned(shape: ModelConfig, row_length: int, num_bytes: int, seconds: float
 
 def _section(row_length: int, batch_tokens: int, tokens: int) -> PretrainConfig:
     return PretrainConfig(
-        duration=f"{tokens} tokens", row_length=row_length, batch_size_tokens=batch_tokens, lr="auto", muon_lr="auto"
+        duration=f"{tokens} tokens",
+        row_length=row_length,
+        batch_size_tokens=batch_tokens,
+        lr="auto",
+        muon_lr="auto",
+        checkpoint_every="1 steps",
     )
 
 
-def recipe_of(name: str, data: str, chats: str | None, plan: Plan) -> str:
+def recipe_of(name: str, data: str, chats: str | None, plan: Plan, path: Path) -> str:
     """The recipe as YAML, with a word on each choice."""
     shape = shape_of(plan.hidden, plan.layers, plan.vocabulary)
-    return "".join(f"{line}\n" for line in _lines(name, data, chats, plan, shape))
+    return "".join(f"{line}\n" for line in _lines(name, data, chats, plan, shape, path))
 
 
-def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConfig) -> Iterator[str]:
+def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConfig, path: Path) -> Iterator[str]:
     steps = plan.tokens // plan.batch_tokens
     yield f"# {plan.words()} where it was written."
-    yield f"# Run it with: groundup run {name}.yaml"
-    yield f"name: {name}"
+    yield f"# Run it with: groundup run {shlex.quote(path.name)}"
+    yield f"name: {_quoted(name)}"
     yield from ("corpus:", f"  source: {_quoted(data)}")
     piece = max(LEAST_PIECE, plan.text_bytes // PIECES)
     if piece < CorpusConfig.model_fields["max_piece_bytes"].default:
@@ -207,8 +243,9 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
         )
         assert optim.lr != "auto" and optim.muon_lr != "auto"
         yield from ("sft:", f"  data: {_quoted(chats)}", "  duration: 2 epochs")
-        yield f"  row_length: {plan.row_length}"
-        yield f"  batch_size_tokens: {min(plan.batch_tokens, 8 * plan.row_length)}"
+        yield f"  row_length: {CHAT_ROW}  # several chats share a row"
+        yield f"  batch_size_tokens: {CHAT_BATCH}"
+        yield "  overlong: drop_turns  # a longer chat loses its oldest turns"
         yield f"  lr: {SFT_SHARE * optim.lr:.1e}  # a third of pretraining's"
         yield f"  muon_lr: {SFT_SHARE * optim.muon_lr:.1e}"
         yield "  schedule: linear"
@@ -217,5 +254,4 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("'", "''")
-    return f"'{escaped}'"
+    return json.dumps(text, ensure_ascii=False)

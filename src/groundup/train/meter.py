@@ -12,6 +12,7 @@ import torch
 from groundup.adapters.config import AdapterConfig
 from groundup.data.rows import RowBatch
 from groundup.model.config import ModelConfig
+from groundup.model.loss import CHUNK_ELEMENTS
 from groundup.train.config import TrainConfig
 from groundup.train.flops import attention_pairs, step_flops
 from groundup.train.resolve import Resolved, nominal_seconds
@@ -49,6 +50,8 @@ class Meter:
         if nominal_seconds(flops, resolved.device, resolved.precision) >= WORTH_AFTER_SECONDS:
             tokens = resolved.micro_batch_rows * self._config.row_length
             self.peak = matrix_peak(self._shape, tokens=tokens, dtype=resolved.dtype, device=device)
+            if resolved.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
 
     def watched(self, batches: Iterable[RowBatch]) -> Iterator[RowBatch]:
         """The same batches, counted."""
@@ -88,8 +91,17 @@ def matrix_peak(shape: ModelConfig, *, tokens: int, dtype: torch.dtype, device: 
     queries = shape.num_attention_heads * shape.head_size
     assert shape.vocab_size != "auto", "resolve the vocabulary first"
     sizes = {(hidden, inner), (inner, hidden), (queries, hidden), (hidden, queries), (hidden, shape.vocab_size)}
+    chunk = max(1, CHUNK_ELEMENTS // shape.vocab_size)  # the head's product is made in such
     return max(
-        _rate(tokens, inputs, outputs, dtype, device, PEAK_SECONDS / len(sizes)) for inputs, outputs in sorted(sizes)
+        _rate(
+            min(tokens, chunk) if outputs == shape.vocab_size else tokens,
+            inputs,
+            outputs,
+            dtype,
+            device,
+            PEAK_SECONDS / len(sizes),
+        )
+        for inputs, outputs in sorted(sizes)
     )
 
 

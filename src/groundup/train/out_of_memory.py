@@ -42,6 +42,12 @@ def smaller_micro_batch(rows: int, lanes: int, world: World) -> tuple[int, int]:
     raise does_not_fit("a micro-batch of a single row")
 
 
+def layout_words(rows: int, lanes: int) -> str:
+    """How a step is computed."""
+    at_once = f", {lanes} at a time" if lanes > 1 else ""
+    return f"micro-batches of {rows} rows{at_once}"
+
+
 def does_not_fit(what: str) -> DoesNotFit:
     """The error for memory that did not suffice."""
     return DoesNotFit("E-MEMORY", what=f"out of memory in {what}", next=CHEAPEST_FIRST)

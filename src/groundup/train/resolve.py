@@ -144,6 +144,12 @@ def resolve(
     total_steps = in_steps(config.duration, **sizes)
     flops = 6.0 * matrix_parameters * total_steps * config.batch_size_tokens
     compiles = kept.get("compile", _compiles(config, device, precision, flops))
+    if compiles and device == "cpu" and not machine.has_compiler():
+        raise ConfigError(
+            "E-CONFIG-COMPILE",
+            what="the blocks are to be compiled, but there is no C++ compiler",
+            next="install g++, or set compile: false",
+        )
     attention = kept.get("attention", _attention(config, device, precision, shape, compiles=compiles))
     asked = combination_of(config, shape, device=device, num_ranks=num_ranks)
     refuse_clash({**asked, "precision": precision, "attention": attention})
@@ -159,6 +165,9 @@ def resolve(
     rows = kept.get("micro_batch_rows", _micro_batch_rows(config, device, share_rows, lanes))
     lanes = kept.get("num_lanes", min(lanes, -(-share_rows // rows)))
     shrunk_from = kept.get("shrunk_from")
+    warmup_steps = warmup_steps_of(config.warmup, total_steps, **sizes)
+    if kept.get("warmup_steps", total_steps) < total_steps:  # a run made shorter than its warmup warms up anew
+        warmup_steps = kept["warmup_steps"]
     if shape is not None:
         training = training_of(
             config,
@@ -184,7 +193,7 @@ def resolve(
         num_lanes=lanes,
         batch_rows=batch_rows,
         total_steps=total_steps,
-        warmup_steps=kept.get("warmup_steps", warmup_steps_of(config.warmup, total_steps, **sizes)),
+        warmup_steps=warmup_steps,
         lr=kept.get("lr", optim.lr),
         muon_lr=kept.get("muon_lr", optim.muon_lr),
         adamw_8bit_maker=kept.get(
@@ -206,8 +215,10 @@ def _kept(config: TrainConfig, device: str, num_ranks: int, before: Mapping[str,
     """Pinned values of a run that goes on: those of which no setting, nor the device or the ranks, became another."""
     if not before:
         return {}
-    asked = _asked(config)
-    changed = {name for name, value in before.get(ASKED, {}).items() if asked.get(name) != value}
+    asked, was = _asked(config), before.get(ASKED)
+    if was is None:  # of an older run: what the recipe says outright is what it was
+        was = {name: before[name] for name in PINNED if asked.get(name) not in (None, "auto") and name in before}
+    changed = {name for name, value in was.items() if asked.get(name) != value}
     if before["device"] != device:
         changed.add("device")
     is_same_world = before.get("num_ranks", 1) == num_ranks
@@ -277,12 +288,6 @@ def _micro_batch_rows(config: TrainConfig, device: str, batch_rows: int, lanes: 
 
 def _compiles(config: TrainConfig, device: str, precision: str, flops: float) -> bool:
     if config.compile != "auto":
-        if config.compile and device == "cpu" and not machine.has_compiler():
-            raise ConfigError(
-                "E-CONFIG-COMPILE",
-                what="compile: true, but there is no C++ compiler",
-                next="install g++, or set compile: auto",
-            )
         return config.compile
     if device == "cuda":
         return flops > COMPILE_PAYS_AFTER_CUDA_FLOPS
@@ -307,31 +312,35 @@ def resolve_once(
     world: World | None = None,
     shape: ModelConfig | None = None,
 ) -> Resolved:
-    """As `resolve`, written to the stage's folder; a resumed run takes the dtype, micro-batch and makers it began with.
+    """As `resolve`; a resumed run takes the dtype, micro-batch and makers that `write_resolved` left in its folder.
 
     A setting that was changed since is known by what was asked for then, at this resume and at every later one.
     """
     path = folder / RESOLVED
-    before: dict[str, Any] = read_json(path) if path.exists() else {}
-    resolved = resolve(
+    return resolve(
         config,
         rows_per_epoch=rows_per_epoch,
         matrix_parameters=matrix_parameters,
         has_dropout=has_dropout,
         world=world,
         shape=shape,
-        before=before,
+        before=read_json(path) if path.exists() else {},
     )
-    if before.get("num_ranks", resolved.num_ranks) == resolved.num_ranks:  # else it may go back to as many as it had
-        _write(folder, resolved, _asked(config))
-    return resolved
 
 
-def _write(folder: Path, resolved: Resolved, asked: Mapping[str, Any]) -> None:
-    write_json(folder / RESOLVED, asdict(resolved) | {ASKED: dict(asked)})
+def write_resolved(folder: Path, resolved: Resolved, config: TrainConfig) -> None:
+    """Pin what a run goes by, once nothing refuses it any more.
+
+    A run on another number of ranks than it began with writes nothing: it may go back to as many as it had.
+    """
+    path = folder / RESOLVED
+    if not path.exists() or read_json(path).get("num_ranks", 1) == resolved.num_ranks:
+        write_json(path, asdict(resolved) | {ASKED: _asked(config)})
 
 
-def shrink_for_good(folder: Path, resolved: Resolved, *, micro_batch_rows: int, num_lanes: int) -> Resolved:
+def shrink_for_good(
+    folder: Path, resolved: Resolved, config: TrainConfig, *, micro_batch_rows: int, num_lanes: int
+) -> Resolved:
     """Smaller or fewer micro-batches at a time from here on, in every resume too."""
     shrunk = replace(
         resolved,
@@ -339,7 +348,7 @@ def shrink_for_good(folder: Path, resolved: Resolved, *, micro_batch_rows: int, 
         num_lanes=num_lanes,
         shrunk_from=resolved.shrunk_from or resolved.micro_batch_rows,
     )
-    _write(folder, shrunk, read_json(folder / RESOLVED).get(ASKED, {}))
+    write_json(folder / RESOLVED, asdict(shrunk) | {ASKED: _asked(config)})
     return shrunk
 
 

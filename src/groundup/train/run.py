@@ -25,10 +25,10 @@ from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.loop import RewindWanted, StepResult, training_steps
 from groundup.train.meter import Meter
-from groundup.train.out_of_memory import does_not_fit, is_out_of_memory
+from groundup.train.out_of_memory import does_not_fit, is_out_of_memory, layout_words
 from groundup.train.prepare import prepare
 from groundup.train.records import JsonLines, NoLines
-from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good
+from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good, write_resolved
 from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints
 from groundup.train.state import TrainingState
 from groundup.train.validation import look_at_all, weighted_loss
@@ -152,6 +152,8 @@ class TrainingRun:
                 next="give a longer duration, or begin again with `--restart`",
             )
         self._note_changes()
+        if self.world.is_first:
+            write_resolved(self.job.folder, self.resolved, self.job.config)
         if self.is_resumed:
             self._event(self.state.step, "resume", "from its last checkpoint")
             self.job.log.say(f"  goes on from step {self.state.step} of {self.resolved.total_steps}")
@@ -435,9 +437,11 @@ class TrainingRun:
         rows, lanes = self.engine.micro_batch_rows, self.engine.num_lanes
         if self._is_as_resolved:
             return
-        words = f"out of memory with {_layout(self.resolved.micro_batch_rows, self.resolved.num_lanes)}"
-        self.resolved = shrink_for_good(self.job.folder, self.resolved, micro_batch_rows=rows, num_lanes=lanes)
-        detail = f"{words}: {_layout(rows, lanes)} from here on, the same batch"
+        words = f"out of memory with {layout_words(self.resolved.micro_batch_rows, self.resolved.num_lanes)}"
+        self.resolved = shrink_for_good(
+            self.job.folder, self.resolved, self.job.config, micro_batch_rows=rows, num_lanes=lanes
+        )
+        detail = f"{words}: {layout_words(rows, lanes)} from here on, the same batch"
         self._event(step, "oom", detail)
         self.job.log.warn("W-OOM", f"step {step}: {detail}; the run is marked exact: false")
 
@@ -491,8 +495,3 @@ class TrainingRun:
                 self._saved_step = self.state.step
                 self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
             self._saving_seconds += time.perf_counter() - began
-
-
-def _layout(rows: int, lanes: int) -> str:
-    at_once = f", {lanes} at a time" if lanes > 1 else ""
-    return f"micro-batches of {rows} rows{at_once}"
