@@ -155,6 +155,8 @@ def test_a_run_on_more_ranks_divides_anew_and_keeps_the_rest(tmp_path, make_conf
     monkeypatch.setattr(machine, "num_cores", lambda: 6)
     spread = resolved_in(tmp_path, config, **sizes, world=two)
     assert (spread.precision, spread.num_threads, spread.micro_batch_rows, spread.num_ranks) == ("bf16", 3, 2, 2)
+    monkeypatch.setattr(machine, "num_cores", lambda: 8)
+    assert resolved_in(tmp_path, config, **sizes, world=two) == spread, "on two again, as it was on two"
     assert resolved_in(tmp_path, config, **sizes) == began
 
 

@@ -316,7 +316,8 @@ def resolve_once(
 
     A setting that was changed since is known by what was asked for then, at this resume and at every later one.
     """
-    path = folder / RESOLVED
+    num_ranks = 1 if world is None else world.size
+    path = next((path for path in (_record(folder, num_ranks), folder / RESOLVED) if path.exists()), None)
     return resolve(
         config,
         rows_per_epoch=rows_per_epoch,
@@ -324,18 +325,20 @@ def resolve_once(
         has_dropout=has_dropout,
         world=world,
         shape=shape,
-        before=read_json(path) if path.exists() else {},
+        before=read_json(path) if path is not None else {},
     )
 
 
-def write_resolved(folder: Path, resolved: Resolved, config: TrainConfig) -> None:
-    """Pin what a run goes by, once nothing refuses it any more.
+def _record(folder: Path, num_ranks: int) -> Path:
+    """What is pinned for so many ranks: resolved.json has those that the run began with, it may go back to them."""
+    first = folder / RESOLVED
+    is_of_these = not first.exists() or read_json(first).get("num_ranks", 1) == num_ranks
+    return first if is_of_these else folder / f"resolved-{num_ranks}.json"
 
-    A run on another number of ranks than it began with writes nothing: it may go back to as many as it had.
-    """
-    path = folder / RESOLVED
-    if not path.exists() or read_json(path).get("num_ranks", 1) == resolved.num_ranks:
-        write_json(path, asdict(resolved) | {ASKED: _asked(config)})
+
+def write_resolved(folder: Path, resolved: Resolved, config: TrainConfig) -> None:
+    """Pin what a run goes by, once nothing refuses it any more."""
+    write_json(_record(folder, resolved.num_ranks), asdict(resolved) | {ASKED: _asked(config)})
 
 
 def shrink_for_good(
@@ -348,7 +351,7 @@ def shrink_for_good(
         num_lanes=num_lanes,
         shrunk_from=resolved.shrunk_from or resolved.micro_batch_rows,
     )
-    write_json(folder / RESOLVED, asdict(shrunk) | {ASKED: _asked(config)})
+    write_resolved(folder, shrunk, config)
     return shrunk
 
 
