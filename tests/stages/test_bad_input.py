@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,29 @@ def test_no_usable_chat_is_an_error_with_the_reasons(sft, tmp_path):
     assert said.code == 2 and "embedded:docstrings" in said.err
     write_chats(path, range(20))
     assert groundup("sft", recipe, "--runs-dir", tmp_path / "runs").code == 0, "what was mended goes on"
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fewer_chats_than_a_step_has_rows_are_read_again_and_again(sft, tmp_path, ranks):
+    """C09: three chats, steps of 16 rows; no hang, no run of no steps, no rank without work."""
+    write_chats(tmp_path / "chats.jsonl", range(4))
+    options = ("--sft.row_length", "32", "--sft.batch_size_tokens", "512", "--sft.duration", "3 steps")
+    command = ["sft", sft, "--runs-dir", tmp_path / "runs", *options, "--parallel.data", ranks]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "groundup", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    summary = read_json(tmp_path / "runs" / "case" / "sft" / "summary.json")
+    assert (summary["steps"], summary["ranks"]) == (3, ranks)
+    lines = (tmp_path / "runs" / "case" / "sft" / "metrics.jsonl").read_text().splitlines()
+    counts = {json.loads(line)["num_loss_tokens"] for line in lines}
+    assert min(counts) > 0 and summary["epochs"] >= 3 * 16 / 4
 
 
 def test_a_chat_longer_than_a_row_is_counted_and_left_out(sft, tmp_path):
