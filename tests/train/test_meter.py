@@ -108,6 +108,15 @@ def test_the_peak_is_the_fastest_product(a_clock):
     assert best == pytest.approx(2 * 128 * 48 * 96 / 0.01)
 
 
+def test_the_head_s_product_is_measured_in_the_chunks_it_is_made_in(monkeypatch):
+    """A whole micro-batch over a large vocabulary would be gigabytes on a GPU."""
+    rows = {}
+    monkeypatch.setattr(meter, "_rate", lambda tokens, inputs, outputs, *rest: rows.setdefault(outputs, tokens) * 1.0)
+    large = SHAPE.model_copy(update={"vocab_size": 1 << 17})
+    matrix_peak(large, tokens=16_384, dtype=torch.float32, device="cuda")
+    assert rows[1 << 17] == meter.CHUNK_ELEMENTS >> 17 and rows[96] == 16_384
+
+
 def test_measuring_the_peak_takes_less_than_a_second():
     big = SHAPE.model_copy(update={"hidden_size": 1024, "intermediate_size": 4096})
     began = time.process_time()

@@ -416,7 +416,8 @@ def _heap_share(shape: ModelConfig, training: Training) -> float:
 
 
 def _step_bytes(trained: Mapping[str, Shape], optim: OptimConfig) -> int:
-    """A step's own: Muon works on all matrices of a shape at once, 8-bit states and Adafactor on one tensor; AdamW and SGD in place."""
+    """A step's own: Muon works on all matrices of a shape at once, 8-bit states and Adafactor on one tensor, AdamW and
+    SGD in place."""
     largest = 0
     stacks: dict[Shape, int] = {}
     for name, size in trained.items():

@@ -7,8 +7,8 @@ ALLOCATOR = "can't allocate memory"
 """What torch's CPU allocator says; CUDA has an error class of its own, whose words begin with the next."""
 CUDA = "CUDA out of memory"
 CHEAPEST_FIRST = (
-    "lower `micro_batch_rows`, then `num_threads` and `row_length`, train with `adapter: lora`, or take a smaller model (fewer layers, "
-    "a smaller vocabulary)"
+    "lower `micro_batch_rows`, then `num_threads` and `row_length`, train with `adapter: lora`, or take a smaller model "
+    "(fewer layers, a smaller vocabulary)"
 )
 """The next settings to try, in the order of what they cost."""
 
