@@ -87,14 +87,10 @@ def _work(
     from groundup.stages.work import Work
 
     loaded, world = load_recipe(recipe, _overrides(tokens)), World.from_environment()
-    if trains and world.size == 1 and loaded.parallel.data > 1:
+    if trains and world.size == 1 and loaded.parallel.num_ranks > 1:
         raise _NeedsRanks(loaded.parallel)
-    if trains and loaded.parallel.data not in (1, world.size):
-        raise ConfigError(
-            "E-CONFIG-WORLD",
-            what=f"parallel.data={loaded.parallel.data}, but {world.size} ranks were started",
-            next=f"start {loaded.parallel.data} ranks, or leave parallel.data out",
-        )
+    if trains:
+        world.spread(loaded.parallel)
     log = Log(quiet=not world.is_first)
     policy = ChangePolicy(tuple(allow_change), restart)
     return Work(loaded, RunFolder(runs_dir / loaded.name), log, policy, world, is_strict=strict, is_exact=exact)

@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch, capfd):
     def run(body, *, data=2, max_restarts=0, arguments=(), has_begun=True):
         prelude = PRELUDE if has_begun else PRELUDE.replace("reports.reached(4)", "reports.met()")
         command = [sys.executable, "-P", "-c", prelude + textwrap.dedent(body), str(tmp_path), *arguments]
-        config = ParallelConfig(data=data, max_restarts=max_restarts)
+        config = ParallelConfig(data_replicate=data, max_restarts=max_restarts)
         began = time.monotonic()
         code = launch(command, config, Log())
         return code, capfd.readouterr().err, time.monotonic() - began
@@ -227,7 +227,7 @@ def start_launcher(folder: Path, body: str) -> subprocess.Popen[str]:
     program = (
         "import sys\nfrom groundup.base.log import Log\nfrom groundup.parallel.config import ParallelConfig\n"
         "from groundup.parallel.launch import launch\n"
-        "sys.exit(launch(sys.argv[1:], ParallelConfig(data=2), Log()))"
+        "sys.exit(launch(sys.argv[1:], ParallelConfig(data_replicate=2), Log()))"
     )
     command = [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(body), str(folder)]
     return subprocess.Popen([sys.executable, "-P", "-c", program, *command], stderr=subprocess.PIPE, text=True)

@@ -111,7 +111,7 @@ def test_fewer_chats_than_a_step_has_rows_are_read_again_and_again(sft, tmp_path
     """C09: three chats, steps of 16 rows; no hang, no run of no steps, no rank without work."""
     write_chats(tmp_path / "chats.jsonl", range(4))
     options = ("--sft.row_length", "32", "--sft.batch_size_tokens", "512", "--sft.duration", "3 steps")
-    command = ["sft", sft, "--runs-dir", tmp_path / "runs", *options, "--parallel.data", ranks]
+    command = ["sft", sft, "--runs-dir", tmp_path / "runs", *options, "--parallel.data_replicate", ranks]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-m", "groundup", *map(str, command)],

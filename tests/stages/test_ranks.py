@@ -41,7 +41,7 @@ class Ranks:
         if not runs.exists():
             shutil.copytree(self.made, runs)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GROUNDUP_FAILPOINT": failpoint}
-        ranks = ["--parallel.data", data] if data else []
+        ranks = ["--parallel.data_replicate", data] if data else []
         return subprocess.Popen(
             [*launcher, "pretrain", self.recipe, "--runs-dir", runs, *ranks, *settings],
             env=environment,
@@ -193,15 +193,15 @@ def test_ranks_with_other_settings_are_named_before_the_first_step(ranks):
 @pytest.mark.slow
 def test_the_whole_way_on_two_ranks_and_then_on_one(way, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "run", way / "tiny.yaml", "--runs-dir", tmp_path, "--parallel.data", "2"]
+    command = [*COMMAND, "run", way / "tiny.yaml", "--runs-dir", tmp_path, "--parallel.data_replicate", "2"]
     assert subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False).returncode == 0
     said = groundup("run", way / "tiny.yaml", "--runs-dir", tmp_path)
     assert said.code == 0 and said.out.count("unchanged") == 10, "the number of ranks is no key"
 
 
 def test_a_recipe_fault_is_told_once_and_before_any_rank(way, tmp_path):
-    said = groundup("pretrain", way / "tiny.yaml", "--runs-dir", tmp_path, "--parallel.data", "0")
-    assert said.code == 2 and "parallel.data" in said.err and said.err.count("\n") == 1
+    said = groundup("pretrain", way / "tiny.yaml", "--runs-dir", tmp_path, "--parallel.data_replicate", "0")
+    assert said.code == 2 and "parallel.data_replicate" in said.err and said.err.count("\n") == 1
 
 
 def children_of(pid: int) -> list[int]:

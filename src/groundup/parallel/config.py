@@ -1,16 +1,60 @@
 """The recipe's section of ranks. Nothing in it is part of a stage's key: a run may go on with other numbers."""
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from math import prod
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from groundup.base.config import COSMETIC, Config
 
+Dim = Literal["pipeline", "data_replicate", "data_shard", "expert", "context", "tensor"]
+DIMS: tuple[Dim, ...] = ("pipeline", "data_replicate", "data_shard", "expert", "context", "tensor")
+"""Dimensions of the mesh, the outermost first: ranks that talk most lie closest together."""
+REST = -1
+"""A degree that takes what the others leave of the ranks."""
+
+Degree = Annotated[int, Field(ge=REST, json_schema_extra=COSMETIC)]
+
 
 class ParallelConfig(Config):
-    """How the training stages are spread over processes."""
+    """How the training stages are spread over processes. Degrees multiply to the number of ranks; one may be -1."""
 
-    data: PositiveInt = Field(1, json_schema_extra=COSMETIC)
-    """Data-parallel ranks: each computes its share of every batch. Under torchrun, the number that it started."""
+    data_replicate: Degree = REST
+    """Ranks with whole copies of what the other dimensions leave: each computes its share of every batch."""
+    data_shard: Degree = 1
+    """Ranks that share a batch and hold a shard each of weights, gradients and optimizer (FSDP2, ZeRO)."""
+    tensor: Degree = 1
+    """Ranks that share each product, each with its heads and columns, and the tokens between them."""
+    pipeline: Degree = 1
+    """Ranks that hold a run of layers each and pass micro-batches on."""
+    expert: Degree = 1
+    """Ranks that share a batch and hold a share of the experts each; tokens travel to their experts."""
+    context: Degree = 1
+    """Ranks that share each row: every one has a part of its tokens and gathers the keys and values of all."""
     check_every: PositiveInt = Field(100, json_schema_extra=COSMETIC)
     """Steps from one comparison of the ranks' weights to the next; they are compared before each checkpoint too."""
     max_restarts: NonNegativeInt = Field(3, json_schema_extra=COSMETIC)
     """How often ranks that were lost are started again from the last checkpoint."""
+
+    @field_validator(*DIMS)
+    @classmethod
+    def _is_a_degree(cls, degree: int) -> int:
+        if degree == 0:
+            raise ValueError("a degree is 1 or more, or -1 for the rest of the ranks")
+        return degree
+
+    @model_validator(mode="after")
+    def _has_one_rest(self) -> "ParallelConfig":
+        if sum(degree == REST for degree in self.degrees.values()) > 1:
+            raise ValueError("only one degree can be -1, the rest of the ranks")
+        return self
+
+    @property
+    def degrees(self) -> dict[Dim, int]:
+        """Degree by dimension, -1 not resolved."""
+        return {dim: getattr(self, dim) for dim in DIMS}
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the section asks for by itself; -1 asks for none."""
+        return prod(degree for degree in self.degrees.values() if degree != REST)

@@ -100,14 +100,14 @@ class _StopSignals:
 
 
 def launch(command: Sequence[str], config: ParallelConfig, log: Log) -> int:
-    """Run `command` on `config.data` ranks to its end; returns the exit code. Only the cause of a failure is shown.
+    """Run `command` on `config.num_ranks` ranks to its end; returns the exit code. Only the cause of a failure is shown.
 
     `--restart` is left out when ranks that had begun are started again: what they began goes on.
     """
     restarts = 0
     with stop_request() as request, request.handed_over(), _StopSignals() as stop:
         while True:
-            end = _run_ranks(command, config.data, stop)
+            end = _run_ranks(command, config.num_ranks, stop)
             if not end.can_restart or restarts == config.max_restarts or stop.received:
                 if end.words:
                     print(end.words, file=sys.stderr, flush=True)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from groundup.base.errors import ConfigError, DistributedError
 from groundup.base.failpoints import reach
+from groundup.parallel.config import Dim, ParallelConfig
+from groundup.parallel.mesh import TOKEN_DIMS, Mesh, degrees_of
 from groundup.parallel.rank import LAUNCHER_PID, LISTEN_FD, PEER_LOST, Reports, launcher_reports
 
 if TYPE_CHECKING:
@@ -36,6 +38,19 @@ class World:
     ) -> None:
         self.rank, self.size, self.local_rank, self.num_local = rank, size, local_rank, num_local
         self._reports = reports
+        self.mesh = Mesh({"data_replicate": size}, rank=rank)
+        """How the ranks share the work; without a recipe that says otherwise, each holds the whole model."""
+
+    def spread(self, config: ParallelConfig) -> None:
+        """Spread the ranks as a recipe's section says. Raises ConfigError where its degrees do not make so many."""
+        device_type = "cuda" if self.size > 1 and self._has_cuda() else "cpu"
+        self.mesh = Mesh(degrees_of(config, self.size), rank=self.rank, device_type=device_type)
+
+    def _has_cuda(self) -> bool:
+        """Whether each rank of this machine has a GPU of its own: ranks that would share one train on the CPU."""
+        import torch
+
+        return torch.cuda.is_available() and self.num_local <= torch.cuda.device_count()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "World":
@@ -56,7 +71,7 @@ class World:
             raise ConfigError(
                 "E-CONFIG-WORLD",
                 what=f"WORLD_SIZE={environment.get('WORLD_SIZE')} is set, but {missing} is missing",
-                next="start with torchrun, or unset WORLD_SIZE and use --parallel.data",
+                next="start with torchrun, or unset WORLD_SIZE and use --parallel.data_replicate",
             )
         return cls(rank, size, local_rank=local_rank, num_local=num_local, reports=reports)
 
@@ -96,8 +111,7 @@ class World:
                 timeout=RENDEZVOUS,
                 master_listen_fd=None if listening is None else int(listening),
             )
-        # the same on every rank: ranks that share a device train on the CPU
-        has_cuda = torch.cuda.is_available() and self.num_local <= torch.cuda.device_count()
+        has_cuda = self._has_cuda()  # the same on every rank
         if has_cuda:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group(
@@ -167,18 +181,20 @@ class World:
         """Whether it is so on any rank."""
         return self.sum_counts([int(is_so)])[0] > 0
 
-    def all_reduce_gradients(self, gradients: Sequence["Tensor"]) -> None:
-        """Replace each tensor by its sum over the ranks: fp32 buckets, filled in the order given."""
+    def all_reduce_gradients(self, gradients: Sequence["Tensor"], dims: tuple[Dim, ...] = TOKEN_DIMS) -> None:
+        """Replace each tensor by its sum over some dimensions of the mesh: fp32 buckets, filled in the order given."""
         if self.size == 1:
             return
         import torch
         import torch.distributed as dist
 
         reach("comm.pre")
+        groups = list(self.mesh.groups(dims)) if self.mesh.is_sharded else [dist.group.WORLD]
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).float()
-            with _peers():
-                dist.all_reduce(flat)
+            for group in groups:
+                with _peers():
+                    dist.all_reduce(flat, group=group)
             begin = 0
             for gradient in bucket:
                 gradient.copy_(flat[begin : begin + gradient.numel()].view_as(gradient))

@@ -34,7 +34,7 @@ def verify_resume(recipe: Recipe, runs_dir: Path, log: Log, *, num_kills: int, s
         with Trials(imports=[] if recipe.lora is None else ["peft"]) as trials:
             if not trials.forks:
                 log.say("  trials are processes of their own here: a few seconds each")
-            engine = KillTrials(small, folder / "trials", trials, seed=seed, num_ranks=small.parallel.data)
+            engine = KillTrials(small, folder / "trials", trials, seed=seed, num_ranks=small.parallel.num_ranks)
             if not engine.stages:
                 raise ConfigError(
                     "E-CONFIG-SECTION",
