@@ -10,7 +10,7 @@ import torch
 
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
-from groundup.proof.rank_server import RankPair
+from groundup.proof.rank_server import RankGroup
 from groundup.tokenizer.bpe import TextTokenizer, save_tokenizer, train_bpe
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE
 from groundup.tokenizer.config import TokenizerConfig
@@ -75,5 +75,12 @@ def make_model():
 @pytest.fixture(scope="session")
 def on_two_ranks(tmp_path_factory):
     """Runs `name(world, *arguments)` of a file or module on two ranks; both answers, `value` or `error` in each."""
-    with RankPair(tmp_path_factory.mktemp("ranks") / "meet") as ranks:
+    with RankGroup(tmp_path_factory.mktemp("ranks") / "meet") as ranks:
+        yield ranks.run
+
+
+@pytest.fixture(scope="session")
+def on_four_ranks(tmp_path_factory):
+    """As `on_two_ranks`, on four."""
+    with RankGroup(tmp_path_factory.mktemp("ranks") / "meet", 4) as ranks:
         yield ranks.run

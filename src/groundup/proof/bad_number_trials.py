@@ -17,7 +17,7 @@ from groundup.data.rows import RowBatch
 from groundup.model.loss import NLL
 from groundup.parallel.world import World
 from groundup.proof.guarantee import Guarantee, Make, Outcome, Trial
-from groundup.proof.rank_server import RankPair
+from groundup.proof.rank_server import RankGroup
 from groundup.proof.tiny_job import SPLITS, tiny_job, tiny_rows, write_tiny_tokens
 from groundup.train.engine import TorchEngine
 from groundup.train.run import TrainingRun
@@ -191,7 +191,7 @@ def _making(folder: Path) -> Iterator[Make]:
 @contextmanager
 def _making_on_ranks(folder: Path) -> Iterator[Make]:
     write_tokens(folder)
-    with RankPair(folder / "meet") as ranks:
+    with RankGroup(folder / "meet") as ranks:
 
         def make(trial: Trial) -> Outcome:
             answers = ranks.run(__name__, "bad_number_trial", str(folder), trial["seed"])

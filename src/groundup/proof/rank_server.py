@@ -1,4 +1,4 @@
-"""Two ranks over gloo that wait for work, so that torch is not imported anew for each trial on ranks.
+"""Ranks over gloo that wait for work, so that torch is not imported anew for each trial on ranks.
 
 `python -m groundup.proof.rank_server RANK SIZE MEET` is one of them; MEET is a file. One JSON line in: the name of a
 module, or a file, and of a function in it, and its arguments. One JSON line out: what the function returned for
@@ -16,28 +16,27 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
-NUM_RANKS = 2
 PATIENCE = timedelta(seconds=60)
 
 
-class RankPair:
-    """Both ranks; a context, at whose end they leave."""
+class RankGroup:
+    """So many ranks; a context, at whose end they leave."""
 
-    def __init__(self, meet: Path) -> None:
+    def __init__(self, meet: Path, num_ranks: int = 2) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         self._ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, str(rank), str(NUM_RANKS), str(meet)],
+                [sys.executable, "-m", __name__, str(rank), str(num_ranks), str(meet)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=environment,
             )
-            for rank in range(NUM_RANKS)
+            for rank in range(num_ranks)
         ]
 
     def run(self, where: object, name: str, *arguments: Any) -> list[dict[str, Any]]:
-        """Both answers, `value` or `error` in each. Raises RuntimeError if a rank ended."""
+        """The answer of each rank, `value` or `error` in it. Raises RuntimeError if a rank ended."""
         for rank in self._ranks:
             if rank.stdin is not None:
                 rank.stdin.write(json.dumps([str(where), name, arguments]) + "\n")
@@ -48,7 +47,7 @@ class RankPair:
         return [json.loads(answer) for answer in answers]
 
     def close(self) -> None:
-        """End both."""
+        """End all."""
         for rank in self._ranks:
             for pipe in (rank.stdin, rank.stdout):
                 if pipe is not None:
