@@ -51,7 +51,7 @@ def test_a_split_that_does_not_make_the_ranks_is_refused(asked, ranks, says, nea
 
 @pytest.mark.parametrize("bad", [{"tensor": 0}, {"data_replicate": -2}, {"data_shard": -1}])
 def test_degrees_that_mean_nothing_are_refused(bad):
-    with pytest.raises(ValueError, match="degree|greater"):
+    with pytest.raises(ValueError, match=r"degree|greater"):
         ParallelConfig(**bad)
 
 
