@@ -55,6 +55,11 @@ class RowBatch:
             sources and RowSources(sources.names, sources.numbers[begin:end], sources.numbers_B[begin:end]),
         )
 
+    def without_labels(self) -> "RowBatch":
+        """The same rows with nothing to learn."""
+        counts = (0,) * len(self.counts)
+        return replace(self, labels_BT=torch.full_like(self.labels_BT, IGNORE_INDEX), num_loss_tokens=0, counts=counts)
+
     def to(self, device: str) -> "RowBatch":
         """The same rows on a device; from pinned memory the copy runs beside what the device computes."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=device != "cpu"))

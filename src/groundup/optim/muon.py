@@ -28,6 +28,22 @@ def orthogonalize(update_NMK: Tensor) -> Tensor:
     return (x_NMK.mT if is_tall else x_NMK).to(update_NMK.dtype)
 
 
+class Matrices:
+    """How the whole of a matrix is had from a parameter that may be a rank's part of one; here each is whole."""
+
+    def shape(self, parameter: Tensor) -> torch.Size:
+        """Shape of the whole."""
+        return parameter.shape
+
+    def whole(self, parameter: Tensor, update: Tensor) -> Tensor:
+        """The whole update, of this rank's part of it."""
+        return update
+
+    def part(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """This rank's part of a whole."""
+        return whole
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for 2-D matrices and stacks of them; equal shapes are orthogonalised in one batch.
 
@@ -44,10 +60,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         num_parts: int = 1,
         map_parts: Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]] = map,
+        matrices: Matrices | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._num_parts = num_parts
         self._map_parts = map_parts
+        self._matrices = matrices or Matrices()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -56,16 +74,19 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
+                    by_shape[self._matrices.shape(parameter)].append(parameter)
             for shape, parameters in by_shape.items():
-                updates = [self._momentum_update(parameter, group["momentum"]) for parameter in parameters]
+                updates = [
+                    self._matrices.whole(parameter, self._momentum_update(parameter, group["momentum"]))
+                    for parameter in parameters
+                ]
                 matrices_NMK = torch.stack(updates).view(-1, *shape[-2:])
                 scale = -group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
                 parts = list(self._map_parts(orthogonalize, matrices_NMK.chunk(self._num_parts)))
                 directions = torch.cat(parts).view(len(parameters), *shape)
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(direction, alpha=scale)
+                    parameter.add_(self._matrices.part(parameter, direction), alpha=scale)
 
     def _momentum_update(self, parameter: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]

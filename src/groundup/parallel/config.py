@@ -31,6 +31,11 @@ class ParallelConfig(Config):
     """Ranks that share a batch and hold a share of the experts each; tokens travel to their experts."""
     context: Degree = 1
     """Ranks that share each row: every one has a part of its tokens and gathers the keys and values of all."""
+    shard: Literal["gradients", "parameters"] = Field("parameters", json_schema_extra=COSMETIC)
+    """With data_shard: parameters are gathered for each block and let go after it (ZeRO-3), or gathered once a
+    micro-batch, gradients and optimizer alone staying in shards (ZeRO-2)."""
+    cpu_offload: bool = Field(False, json_schema_extra=COSMETIC)
+    """With data_shard: shards and their optimizer lie in the host's memory."""
     check_every: PositiveInt = Field(100, json_schema_extra=COSMETIC)
     """Steps from one comparison of the ranks' weights to the next; they are compared before each checkpoint too."""
     max_restarts: NonNegativeInt = Field(3, json_schema_extra=COSMETIC)

@@ -59,6 +59,13 @@ class Mesh:
             share = share * self.degrees[dim] + self.coordinates[dim]
         return share
 
+    def rank_at(self, coordinates: Mapping[Dim, int]) -> int:
+        """The rank at a place."""
+        rank = 0
+        for dim in DIMS:
+            rank = rank * self.degrees[dim] + coordinates[dim]
+        return rank
+
     @cached_property
     def devices(self) -> "DeviceMesh":
         """torch's mesh, with every dimension. Collective when first asked for."""

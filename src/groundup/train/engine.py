@@ -134,6 +134,9 @@ class TorchEngine:
     Every rank reads the whole batch and computes its share of the micro-batches; gradients are summed over the ranks.
     """
 
+    meets_others = False
+    """Whether ranks talk inside a micro-batch, so that none may pass over one."""
+
     def __init__(
         self,
         model: CausalLM,
@@ -150,27 +153,33 @@ class TorchEngine:
         self.config, self.max_grad_norm = config, config.max_grad_norm
         self.micro_batch_rows = micro_batch_rows
         self.device = device
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.has_copy = dtype != torch.float32
         self.scaler = LossScaler() if dtype == torch.float16 else None
-        if self.has_copy:
-            self.masters = {
-                name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in trained.items()
-            }
-            model.to(dtype)
-            self._copies = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        else:
-            self.masters = trained
-            self._copies = {}
+        self.masters, self._copies = self._own_weights(dtype)
+        self.has_copy = bool(self._copies)
         self._computing = {name: self._copies.get(name, master) for name, master in self.masters.items()}
         self._biases = model.balance_biases()
         self._load_LE: Tensor | None = None
         self._lanes = Lanes(num_lanes)
         self._has_computed, self._first_call = False, threading.Lock()
-        self.optimizers = build_optimizers(self.masters, config, num_parts=num_lanes, map_parts=self._lanes.map)
+        self.optimizers = self._make_optimizers()
         self.average = None if config.ema_decay is None else WeightAverage(self.masters, config.ema_decay)
         self._norm, self._grad_scale = 0.0, 1.0
         self._unread: StepSums | None = None
+
+    def _own_weights(self, dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Weights in fp32 that the optimizer moves, and the model's own where it computes with copies of them."""
+        trained = self._trained()
+        if dtype == torch.float32:
+            return trained, {}
+        masters = {name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in trained.items()}
+        self.model.to(dtype)
+        return masters, self._trained()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.masters, self.config, num_parts=self.num_lanes, map_parts=self._lanes.map)
 
     def forward_backward(
         self,
@@ -211,33 +220,13 @@ class TorchEngine:
     def _try_forward_backward(
         self, batch: RowBatch, seed_of: Callable[[int], int], should_stop: Callable[[], bool]
     ) -> StepSums:
-        def begins() -> Iterator[int]:
-            for begin in share:
-                if should_stop():
-                    raise StepAbandoned
-                yield begin
-
         began = time.perf_counter()
         divisor = max(1, batch.num_loss_tokens)
         self._grad_scale = 1.0 if self.scaler is None else self.scaler.scale / divisor
         totals = self.model.no_totals(self.device)
         if batch.sources is not None:
             totals[SOURCE_NLL] = torch.zeros(len(batch.sources.names), device=self.device)
-        share = self._share(range(0, len(batch), self.micro_batch_rows))
-        compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
-
-        def merge(found: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
-            sums, gradients = found
-            for name, value in sums.items():
-                totals[name] += value
-            for name, gradient in gradients.items():
-                self._add_gradient(name, gradient)
-
-        self._lanes.fold(
-            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)),
-            merge,
-            begins(),
-        )
+        self._add_up(totals, batch, divisor, seed_of, should_stop)
         busy_seconds = time.perf_counter() - began
         if self.world.size > 1 and batch.num_loss_tokens:
             self._sum_over_ranks(list(totals.values()))
@@ -254,10 +243,39 @@ class TorchEngine:
         )
         return self._unread
 
+    def _add_up(
+        self,
+        totals: dict[str, Tensor],
+        batch: RowBatch,
+        divisor: int,
+        seed_of: Callable[[int], int],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Add this rank's share of a step to `totals` and to the gradients."""
+
+        def begins() -> Iterator[int]:
+            for begin in self._share(range(0, len(batch), self.micro_batch_rows)):
+                if should_stop():
+                    raise StepAbandoned
+                yield begin
+
+        compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
+        self._lanes.fold(
+            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)),
+            lambda found: self._merge(totals, *found),
+            begins(),
+        )
+
+    def _merge(self, totals: dict[str, Tensor], sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        for name, value in sums.items():
+            totals[name] += value
+        for name, gradient in gradients.items():
+            self._add_gradient(name, gradient)
+
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
-        rank, size = self.world.rank, self.world.size
-        return begins[rank * len(begins) // size : (rank + 1) * len(begins) // size]
+        share, num_shares = self.world.mesh.row_share, self.world.mesh.num_row_shares
+        return begins[share * len(begins) // num_shares : (share + 1) * len(begins) // num_shares]
 
     def _sum_over_ranks(self, totals: list[Tensor]) -> None:
         """A rank whose share has no supervised token brings zeros; a tensor without gradient on any rank has none."""
@@ -271,12 +289,13 @@ class TorchEngine:
 
     def _accumulate(self, part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of a micro-batch; in fp32 they go straight to where they are summed, no second set of them exists."""
-        if part.num_loss_tokens == 0:
+        if part.num_loss_tokens == 0 and not self.meets_others:
             return {}, {}
         torch.manual_seed(seed)
         sums = self._forward(part)
         torch.autograd.backward(self._to_minimise(sums, divisor))
-        gradients = {name: copy.grad for name, copy in self._copies.items() if copy.grad is not None}
+        found = {name: self._gradient_of(copy) for name, copy in self._copies.items()}
+        gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
         for copy in self._copies.values():
             copy.grad = None
         return self._totals(sums, part), gradients
@@ -295,6 +314,9 @@ class TorchEngine:
             self._has_computed = True
         named = zip(self._computing, gradients, strict=True)
         return self._totals(sums, part), {name: gradient for name, gradient in named if gradient is not None}
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad
 
     def _totals(self, sums: LossSums, part: RowBatch) -> dict[str, Tensor]:
         """What adds up, the negative log-likelihood by source among it."""
@@ -335,13 +357,16 @@ class TorchEngine:
         if self.scaler is not None and gradients:
             torch._foreach_mul_(gradients, 1 / self.scaler.scale)
         self._norm = 0.0
-        if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._norm_of(gradients)
+        if norm is not None:
             (self._norm,) = [float(norm)] if self._unread is None else self._unread.read_with(norm)
         self._unread = None
         if self.world.any(not math.isfinite(self._norm)):  # what one rank sees, all decide on
             self._norm = math.nan
         return self._norm
+
+    def _norm_of(self, gradients: list[Tensor]) -> Tensor | None:
+        return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
     @property
     def loss_scale(self) -> float | None:

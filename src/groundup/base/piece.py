@@ -1,0 +1,39 @@
+"""A part of a tensor that is spread over ranks or files: where it begins in the whole, and how far it reaches."""
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor."""
+
+    whole: tuple[int, ...]
+    """Shape of the tensor it is a part of."""
+    begin: tuple[int, ...]
+    """Index of its first element."""
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of_whole(shape: tuple[int, ...]) -> "Piece":
+        """All of a tensor."""
+        return Piece(shape, (0,) * len(shape), shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.whole
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    def overlap(self, other: "Piece") -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """Where what both hold lies in this piece, and where in the other; None if they share nothing."""
+        mine, theirs = [], []
+        for begin, size, other_begin, other_size in zip(self.begin, self.shape, other.begin, other.shape, strict=True):
+            first, last = max(begin, other_begin), min(begin + size, other_begin + other_size)
+            if first >= last:
+                return None
+            mine.append(slice(first - begin, last - begin))
+            theirs.append(slice(first - other_begin, last - other_begin))
+        return tuple(mine), tuple(theirs)

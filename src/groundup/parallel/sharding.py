@@ -1,0 +1,51 @@
+"""FSDP2: weights, gradients and optimizer in shards; a block's weights are whole only while it computes (ZeRO,
+arXiv:1910.02054; Zhao et al., arXiv:2304.11277)."""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from groundup.model.causal_lm import CausalLM
+from groundup.model.moe import Router
+from groundup.parallel.config import ParallelConfig
+from groundup.parallel.mesh import Mesh
+
+
+def shard_parameters(model: CausalLM, mesh: Mesh, config: ParallelConfig, *, dtype: torch.dtype) -> None:
+    """Shard every block, then what is left, over `data_shard`; `data_replicate` holds copies of the shards (HSDP).
+
+    Computes in `dtype` from shards in fp32; gradients are summed, never averaged, in fp32. Routers compute in fp32.
+    """
+    dims = mesh.along("data_replicate", "data_shard") if mesh.has("data_replicate") else mesh.along("data_shard")
+
+    def shard(module: nn.Module, dtype: torch.dtype) -> None:
+        fully_shard(
+            module,
+            mesh=dims,
+            reshard_after_forward=config.shard == "parameters" and module is not model,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=None if dtype == torch.float32 else dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,
+            ),
+            offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        )
+
+    for block in model.model.layers:
+        if dtype != torch.float32:
+            for module in block.modules():
+                if isinstance(module, Router):
+                    shard(module, torch.float32)
+        shard(block, dtype)
+    shard(model, dtype)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a factor of 1 by NCCL's scaled sum, which gloo lacks
+
+
+def sums_now(model: nn.Module, is_last: bool) -> None:
+    """Whether this micro-batch's backward sums gradients over the ranks, those of the ones before with it."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_is_last_backward(is_last)

@@ -1,0 +1,123 @@
+"""The engine of a rank that holds less than the whole model: shards of weights, gradients and optimizer, or its share
+of each product, row, layer or expert."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from groundup.data.rows import RowBatch
+from groundup.model.loss import LossSums
+from groundup.optim.build import build_optimizers
+from groundup.parallel.config import Dim
+from groundup.parallel.sharding import sums_now
+from groundup.parallel.shards import (
+    Holding,
+    SpreadMatrices,
+    holding_of,
+    local,
+    local_gradient,
+    norm_over_ranks,
+    whole_on_first,
+)
+from groundup.train.engine import TorchEngine
+
+
+class SpreadEngine(TorchEngine):
+    """As `TorchEngine`; `masters` and all that belongs to them are this rank's parts, plain tensors in the model's memory."""
+
+    meets_others = True
+
+    def _own_weights(self, dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        mesh, trained = self.world.mesh, self._trained()
+        self.holdings: dict[str, Holding] = {name: holding_of(weight, mesh) for name, weight in trained.items()}
+        self.holdings |= {name: holding_of(bias, mesh) for name, bias in self.model.balance_biases().items()}
+        self._spread: dict[int, Tensor] = {}
+        if dtype == torch.float32 or mesh.has("data_shard"):  # FSDP makes its own copies, a block at a time
+            masters = {name: nn.Parameter(local(weight.detach())) for name, weight in trained.items()}
+            copies = {}
+        else:
+            masters = {name: nn.Parameter(local(weight.detach()).float().clone()) for name, weight in trained.items()}
+            self.model.to(dtype)
+            copies = self._trained()
+        self._spread = {id(masters[name]): weight for name, weight in (copies or trained).items()}
+        return masters, copies
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.masters, self.config, matrices=SpreadMatrices(self._spread, self.world.mesh))
+
+    def _add_up(
+        self,
+        totals: dict[str, Tensor],
+        batch: RowBatch,
+        divisor: int,
+        seed_of: Callable[[int], int],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Ranks meet in every micro-batch: each computes as many, where it has fewer with rows that have no labels."""
+        parts = self._parts(batch)
+        for number, (begin, part) in enumerate(parts):
+            sums_now(self.model, number == len(parts) - 1)
+            self._merge(totals, *self._accumulate(part, divisor, seed_of(begin)))
+        if not self._copies:
+            for name, parameter in self._trained().items():
+                self.masters[name].grad = local_gradient(parameter)
+                parameter.grad = None
+
+    def _parts(self, batch: RowBatch) -> list[tuple[int, RowBatch]]:
+        """This rank's micro-batches, each with the number of its first row."""
+        rows, num_shares = self.micro_batch_rows, self.world.mesh.num_row_shares
+        begins = range(0, len(batch), rows)
+        parts = [(begin, batch.slice(begin, begin + rows)) for begin in self._share(begins)]
+        missing = -(-len(begins) // num_shares) - len(parts)
+        return parts + [(0, batch.slice(0, rows).without_labels())] * missing
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        return local_gradient(parameter)
+
+    def _sum_over_ranks(self, totals: list[Tensor]) -> None:
+        self.world.all_reduce_gradients(totals)
+        by_dims: dict[tuple[Dim, ...], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            by_dims.setdefault(self.holdings[name].summed, []).append(master.grad)
+        for dims, gradients in by_dims.items():
+            if dims:
+                self.world.all_reduce_gradients(gradients, dims)
+
+    def _norm_of(self, gradients: list[Tensor]) -> Tensor | None:
+        pairs = [(m.grad, self.holdings[name]) for name, m in self.masters.items() if m.grad is not None]
+        return norm_over_ranks(pairs, self.world.mesh, self.device)
+
+    def _refresh_copies(self) -> None:
+        with torch.no_grad():
+            for name, copy in self._copies.items():
+                local(copy).copy_(self.masters[name])
+
+    @contextmanager
+    def with_final_weights(self) -> Iterator[None]:
+        """Averages are put into the shards and taken out again: what is gathered of a model is gathered from there."""
+        if self.average is None:
+            yield
+            return
+        own = {name: master.detach().clone() for name, master in self.masters.items()}
+        self._put(self.average.tensors)
+        yield
+        self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, master in self.masters.items():
+            master.copy_(weights[name])
+        self._refresh_copies()
+
+    @torch.no_grad()
+    def losses(self, batch: RowBatch) -> LossSums:
+        """Losses of rows that every rank gives: the same sums on all of them."""
+        return self._forward(batch)
+
+    def gathered_weights(self) -> dict[str, Tensor]:
+        """What the run gives back, whole, in the first rank's memory; empty on the others. Collective."""
+        return whole_on_first(self.final_weights, self.holdings, self.world.mesh)
