@@ -375,15 +375,15 @@ def test_nothing_is_removed_before_the_new_one_was_read_back(kit):
 def test_a_purge_before_verification_is_seen(kit, monkeypatch):
     from groundup.checkpoint.writer import AttemptWriter
 
-    read_back = AttemptWriter._read_back
+    read_back = AttemptWriter.check_files
 
     class EarlyPurge(CheckpointStore):
         def _write(self, snapshot):
-            def purge_first(writer, folder, manifest):
-                self._purge(folder)
-                read_back(writer, folder, manifest)
+            def purge_first(writer, folder, files):
+                self.purge(folder)
+                read_back(writer, folder, files)
 
-            monkeypatch.setattr(AttemptWriter, "_read_back", purge_first)
+            monkeypatch.setattr(AttemptWriter, "check_files", purge_first)
             super()._write(snapshot)
 
     assert early_purge_violations(kit, EarlyPurge) > 0

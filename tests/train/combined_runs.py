@@ -12,9 +12,10 @@ from groundup.base.log import Log
 from groundup.data.packing import PackedDocuments
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.parallel.config import ParallelConfig
 from groundup.proof.tiny_job import tiny_rows
 from groundup.stages.config import FinetuneConfig
-from groundup.train.combinations import ON
+from groundup.train.combinations import ON, SPREAD
 from groundup.train.job import TrainingJob
 from groundup.train.run import TrainingRun
 
@@ -83,6 +84,7 @@ class SameFewRows:
 def train(world, folder, combination):
     """Losses of six steps, and the hash of the weights that came out."""
     config, shape = config_of(combination)
+    world.spread(ParallelConfig(data_replicate=-1, **{dim: world.size for dim in SPREAD if combination[dim] == ON}))
     model = CausalLM(shape)
     model.initialize(torch.Generator().manual_seed(0))
     if config.adapter == "qlora":

@@ -13,15 +13,16 @@ from train.pairwise import coverable_pairs, covering_array, pairs_of
 from groundup.adapters.config import AdapterConfig
 from groundup.base.errors import ConfigError
 from groundup.optim.config import OptimConfig
+from groundup.parallel.mesh import Mesh
 from groundup.parallel.world import World
 from groundup.proof.tiny_job import write_tiny_tokens
 from groundup.train import combinations
-from groundup.train.combinations import AXES, ON, RULES, Rule, clash, combination_of, refuse_clash
+from groundup.train.combinations import AXES, ON, RULES, SPREAD, Rule, clash, combination_of, refuse_clash
 from groundup.train.config import TrainConfig
 
 pytestmark = pytest.mark.costly
 
-ON_A_CPU = AXES | {"device": ("cpu",), "ranks": ("one",), "compile": ("off",)}
+ON_A_CPU = AXES | {"device": ("cpu",), "ranks": ("one",), "compile": ("off",)} | dict.fromkeys(SPREAD, ("off",))
 FAST = ON_A_CPU | {
     "init_lora_weights": ("default", "gaussian", "pissa"),
     "adamw_8bit_maker": ("torchao", "bitsandbytes"),
@@ -70,19 +71,19 @@ def test_every_choice_of_a_section_is_an_axis_or_stands_apart():
 def test_a_combination_is_read_off_its_sections():
     for combination in ARRAY:
         config, shape = config_of(combination)
-        found = combination_of(config, shape, device="cpu", num_ranks=1)
+        found = combination_of(config, shape, device="cpu", mesh=Mesh())
         expected = dict(combination)
         if combination["adapter"] == "none":
             del expected["nf4_maker"], expected["init_lora_weights"]
         assert found == expected
     config, shape = config_of(combination)
-    assert combination_of(config, shape, device="cuda", num_ranks=4).items() >= {
+    assert combination_of(config, shape, device="cuda", mesh=Mesh({"data_replicate": 4})).items() >= {
         ("device", "cuda"),
         ("ranks", "several"),
     }
-    assert "model_type" not in combination_of(config, None, device="cpu", num_ranks=1)
+    assert "model_type" not in combination_of(config, None, device="cpu", mesh=Mesh())
     lora = config.model_copy(update={"adapter": "lora", "dropout": 0.0, "lora_dropout": 0.1})
-    assert combination_of(lora, shape, device="cpu", num_ranks=1)["dropout"] == ON
+    assert combination_of(lora, shape, device="cpu", mesh=Mesh())["dropout"] == ON
 
 
 def all_that_rules_read():
@@ -157,10 +158,12 @@ def test_what_is_admitted_trains(tmp_path, combination):
 
 
 @pytest.mark.end_to_end
-def test_what_is_admitted_trains_on_two_ranks_as_on_one(on_two_ranks, tmp_path):
+@pytest.mark.parametrize("dim", ["data_replicate", "data_shard"])
+def test_what_is_admitted_trains_on_two_ranks_as_on_one(on_two_ranks, tmp_path, dim):
     """Every pair of what the ranks share: gradients, moments, averages, loads of experts."""
-    fixed = {axis: values[:1] for axis, values in FAST.items() if axis not in SHARED_BY_RANKS}
-    for number, combination in enumerate(covering_array(FAST | fixed | {"ranks": ("several",)}, is_admitted)):
+    fixed = {axis: values[:1] for axis, values in FAST.items() if axis not in SHARED_BY_RANKS} | {"ranks": ("several",)}
+    spread = fixed | ({dim: (ON,)} if dim in SPREAD else {})
+    for number, combination in enumerate(covering_array(FAST | spread, is_admitted)):
         alone, together = (tmp_path / f"{number}-{name}" for name in ("alone", "together"))
         together.mkdir(), alone.mkdir()
         expected = losses_of(alone, combination)
@@ -168,8 +171,10 @@ def test_what_is_admitted_trains_on_two_ranks_as_on_one(on_two_ranks, tmp_path):
         answers = on_two_ranks(combined_runs.__file__, "train", str(together), combination)
         assert [answer.get("error") for answer in answers] == [None, None], combination
         first, second = (answer["value"] for answer in answers)
-        assert first["weights"] == second["weights"], combination
-        assert first["losses"] == pytest.approx(expected, rel=2e-3), combination
+        assert first["weights"] == second["weights"] or dim == "data_shard", combination
+        # a block of 8 bits in a shard holds other values than one in the whole
+        rel = 2e-2 if dim == "data_shard" and combination["optimizer"] == "adamw_8bit" else 2e-3
+        assert first["losses"] == pytest.approx(expected, rel=rel), combination
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from groundup.checkpoint.shard import MAX_HEADER_BYTES, check_header, header_byt
 MANIFEST = "MANIFEST.json"
 UNCOMMITTED = ".MANIFEST.json.tmp"
 STATE = "state.json"
+LAYOUT = "layout.json"
+"""Where tensors are spread over the files of several ranks: what lies where."""
 SUFFIX = ".safetensors"
 STEP_FOLDER = re.compile(r"step-(0[0-9]{5}|[1-9][0-9]{5,17})")
 ATTEMPT_FOLDER = re.compile(r"attempt-([0-9]{4,18})-[0-9a-f]{8}")
@@ -35,16 +37,28 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors of `NAME.safetensors`, out of the very bytes that are checked. Raises CheckpointError."""
-        path = self.folder / f"{name}{SUFFIX}"
         try:
+            path = self.folder / f"{name}{SUFFIX}"
             return parse_shard(_checked_bytes(self.disk, path, self.files.get(path.name)))
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                "E-CKPT-CORRUPT",
-                what=f"step {self.step} changed since it was verified: {reason_of(error)}",
-                where=self.folder,
-                next="run the same command again: it goes on from the checkpoint before",
-            ) from None
+            raise self._changed(error) from None
+
+    def layout(self) -> dict[str, Any] | None:
+        """What lies where, of a checkpoint that several ranks wrote; None of any other. Raises CheckpointError."""
+        if LAYOUT not in self.files:
+            return None
+        try:
+            return _read_object(self.folder, LAYOUT, self.files, self.disk)
+        except (OSError, ValueError) as error:
+            raise self._changed(error) from None
+
+    def _changed(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            "E-CKPT-CORRUPT",
+            what=f"step {self.step} changed since it was verified: {reason_of(error)}",
+            where=self.folder,
+            next="run the same command again: it goes on from the checkpoint before",
+        )
 
 
 @dataclass(frozen=True)
@@ -136,18 +150,29 @@ def verified_state(folder: Path, run_id: str, manifest: Manifest, disk: Disk) ->
     """Read every byte of a committed attempt; returns its state. Raises ValueError or OSError for any fault."""
     if fault := _fault(folder, manifest.step, run_id, manifest):
         raise ValueError(fault)
-    for name, record in manifest.files.items():
+    verify_files(folder, manifest.files, disk)
+    return _read_object(folder, STATE, manifest.files, disk)
+
+
+def verify_files(folder: Path, files: Mapping[str, FileRecord], disk: Disk) -> None:
+    """Read every byte of files of a checkpoint. Raises ValueError or OSError for any fault."""
+    for name, record in files.items():
         if name.endswith(SUFFIX):
             _check_shard(disk, folder / name, record)
-        elif name != STATE:
+        elif name in (STATE, LAYOUT):
+            _read_object(folder, name, files, disk)
+        else:
             raise ValueError(f"{name} is no file of a checkpoint")
+
+
+def _read_object(folder: Path, name: str, files: Mapping[str, FileRecord], disk: Disk) -> dict[str, Any]:
     try:
-        state = json.loads(_checked_bytes(disk, folder / STATE, manifest.files[STATE]))
+        value = json.loads(_checked_bytes(disk, folder / name, files.get(name)))
     except RecursionError:
-        raise ValueError(f"{STATE} is nested too deep") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{STATE} is not an object")
-    return state
+        raise ValueError(f"{name} is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not an object")
+    return value
 
 
 def _check_shard(disk: Disk, path: Path, record: FileRecord) -> None:

@@ -81,7 +81,7 @@ class CheckpointStore:
         began = time.monotonic()
         self._join()
         self._warn_of_failure()
-        live = _checked_snapshot(step, tensors, state, metric)
+        live = _checked_snapshot(step, tensors, {"state": state}, metric)
         if wait:
             self._write(live)
             self._warn_of_purge()
@@ -91,6 +91,20 @@ class CheckpointStore:
         else:
             self._write_in_thread(live)
         return time.monotonic() - began
+
+    def writer(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, Mapping[str, Any]],
+        *,
+        metric: float | None = None,
+    ) -> AttemptWriter:
+        """For a save that several ranks make together: the writer of this one's files, tensors and JSON by name.
+
+        Raises CheckpointError for values that are not finite.
+        """
+        return AttemptWriter(self.root, self.run_id, _checked_snapshot(step, tensors, texts, metric), self.disk)
 
     def finish(self) -> None:
         """Wait for the write at work. Raises CheckpointError if it failed."""
@@ -175,7 +189,7 @@ class CheckpointStore:
             return None
         self._buffers = buffers
         copies = {name: {key: buffers[name, key] for key in group} for name, group in live.tensors.items()}
-        return Snapshot(live.step, copies, live.state, live.metric)
+        return Snapshot(live.step, copies, live.texts, live.metric)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -214,10 +228,7 @@ class CheckpointStore:
         except BaseException:
             writer.undo()
             raise
-        try:
-            self._purge(folder)
-        except OSError as error:
-            self._purge_fault = reason_of(error)
+        self.purge(folder)
 
     def _refused(self, snapshot: Snapshot, error: OSError | ValueError) -> CheckpointError:
         kept = max((attempt.step for attempt, _ in self._whole()), default=None)
@@ -254,10 +265,16 @@ class CheckpointStore:
             kept.add(-min(measured)[1])
         return {by_step[step][0] for step in kept} | {newest}
 
-    def _purge(self, newest: Path) -> None:
-        """Remove what need not be kept: older checkpoints of this run, and attempts that were never committed."""
-        kept = self._kept(newest)
-        self._remove(attempt for attempt in self._removable() if attempt.folder not in kept)
+    def purge(self, newest: Path) -> None:
+        """Remove what need not be kept: older checkpoints of this run, and attempts that were never committed.
+
+        What the disk does not let us remove is a warning of the next save.
+        """
+        try:
+            kept = self._kept(newest)
+            self._remove(attempt for attempt in self._removable() if attempt.folder not in kept)
+        except OSError as error:
+            self._purge_fault = reason_of(error)
 
     def _removable(self) -> Iterator[Attempt]:
         """Attempts that a save of this run made, never another's."""
@@ -275,7 +292,10 @@ class CheckpointStore:
 
 
 def _checked_snapshot(
-    step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], metric: float | None
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, Mapping[str, Any]],
+    metric: float | None,
 ) -> Snapshot:
     """The caller's own tensors, fit to be saved. Raises CheckpointError for a dtype or a value that is not."""
     for name, group in tensors.items():
@@ -286,11 +306,14 @@ def _checked_snapshot(
                 raise _not_finite(step, f"{name}: {key} holds")
     if metric is not None and not math.isfinite(metric):
         raise _not_finite(step, f"{metric=} holds")
-    try:
-        text = json.dumps(dict(state), indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        raise _not_finite(step, "the state holds") from None
-    return Snapshot(step, tensors, f"{text}\n".encode(), None if metric is None else float(metric))
+    encoded = {}
+    for name, values in texts.items():
+        try:
+            text = json.dumps(dict(values), indent=2, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise _not_finite(step, f"the {name} holds") from None
+        encoded[f"{name}.json"] = f"{text}\n".encode()
+    return Snapshot(step, tensors, encoded, None if metric is None else float(metric))
 
 
 def _not_finite(step: int, who: str) -> CheckpointError:

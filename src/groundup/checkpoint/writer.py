@@ -13,13 +13,14 @@ from groundup.base.disk import Disk
 from groundup.base.failpoints import reach
 from groundup.checkpoint.attempt import (
     ATTEMPT_FOLDER,
+    LAYOUT,
     MANIFEST,
     STATE,
     STEP_FOLDER,
     SUFFIX,
     UNCOMMITTED,
     read_manifest,
-    verified_state,
+    verify_files,
 )
 from groundup.checkpoint.manifest import FileRecord, Manifest
 from groundup.checkpoint.shard import shard_pieces
@@ -31,13 +32,16 @@ class Snapshot:
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
-    state: bytes
+    """By file, without its suffix."""
+    texts: Mapping[str, bytes]
+    """JSON by file: the state, and where tensors are spread over files, what lies where."""
     metric: float | None
 
     @property
     def num_bytes(self) -> int:
         values = (tensor for group in self.tensors.values() for tensor in group.values())
-        return len(self.state) + sum(tensor.numel() * tensor.element_size() for tensor in values)
+        num_text = sum(map(len, self.texts.values()))
+        return num_text + sum(tensor.numel() * tensor.element_size() for tensor in values)
 
 
 class AttemptWriter:
@@ -50,15 +54,14 @@ class AttemptWriter:
 
     def write(self) -> Path:
         """The folder, committed and read back. Raises OSError, or ValueError if the disk gives back other bytes."""
-        folder = self._make_folder()
-        manifest = Manifest(
-            self.snapshot.step, folder.name, self.run_id, self.snapshot.metric, self._write_files(folder)
-        )
-        self._commit(folder, manifest)
-        self._read_back(folder, manifest)
+        folder = self.make_folder()
+        files = self.write_files(folder)
+        self.commit(folder, files)
+        self.check_files(folder, files)
         return folder
 
-    def _make_folder(self) -> Path:
+    def make_folder(self) -> Path:
+        """A new attempt's folder."""
         parent = self.root / f"step-{self.snapshot.step:06d}"
         missing = [path for path in (parent, *parent.parents) if not path.exists()]
         for path in reversed(missing):
@@ -71,8 +74,8 @@ class AttemptWriter:
         self._made_folders.append(folder)
         return folder
 
-    def _write_files(self, folder: Path) -> dict[str, FileRecord]:
-        """Write and sync the shards and the state, hashed on the way."""
+    def write_files(self, folder: Path) -> dict[str, FileRecord]:
+        """Write and sync the snapshot's files into an attempt's folder, hashed on the way."""
         files = {}
         with ExitStack() as stack:
             descriptors = []
@@ -81,8 +84,9 @@ class AttemptWriter:
                 descriptor, files[name + SUFFIX] = self._append(stack, folder / (name + SUFFIX), shard_pieces(group))
                 descriptors.append(descriptor)
                 reach("ckpt.after_shard")
-            descriptor, files[STATE] = self._append(stack, folder / STATE, [memoryview(self.snapshot.state)])
-            descriptors.append(descriptor)
+            for name, text in self.snapshot.texts.items():
+                descriptor, files[name] = self._append(stack, folder / name, [memoryview(text)])
+                descriptors.append(descriptor)
             reach("ckpt.before_fsync")
             for descriptor in descriptors:
                 self.disk.sync(descriptor)
@@ -102,8 +106,12 @@ class AttemptWriter:
             num_bytes += len(piece)
         return descriptor, FileRecord(num_bytes, digest.hexdigest())
 
-    def _commit(self, folder: Path, manifest: Manifest) -> None:
-        """From the rename on, the checkpoint counts; on return it survives a power loss."""
+    def commit(self, folder: Path, files: Mapping[str, FileRecord]) -> None:
+        """From the rename on, the checkpoint of these files counts; on return it survives a power loss.
+
+        Raises OSError, or ValueError if the disk gives back another manifest.
+        """
+        manifest = Manifest(self.snapshot.step, folder.name, self.run_id, self.snapshot.metric, dict(files))
         reach("ckpt.before_manifest")
         with ExitStack() as stack:
             descriptor, _ = self._append(stack, folder / UNCOMMITTED, [memoryview(manifest.encode())])
@@ -114,14 +122,15 @@ class AttemptWriter:
         reach("ckpt.after_rename")
         for path in (folder, folder.parent, self.root):
             self.disk.sync_folder(path)
-
-    def _read_back(self, folder: Path, manifest: Manifest) -> None:
-        """Raise ValueError or OSError unless the disk gives back what was written."""
-        for name in (MANIFEST, *manifest.files):
-            self.disk.forget(folder / name)
+        self.disk.forget(folder / MANIFEST)
         if read_manifest(folder, self.disk) != manifest:
             raise ValueError("the manifest is not what was written")
-        verified_state(folder, self.run_id, manifest, self.disk)
+
+    def check_files(self, folder: Path, files: Mapping[str, FileRecord]) -> None:
+        """Raise ValueError or OSError unless the disk gives back what was written."""
+        for name in files:
+            self.disk.forget(folder / name)
+        verify_files(folder, files, self.disk)
 
     def undo(self) -> set[Path]:
         """Remove what was made, the manifest first, as far as the disk lets us; returns the folders that are left."""
@@ -144,7 +153,7 @@ def remove_attempt(folder: Path, disk: Disk) -> None:
         disk.remove_file(folder / MANIFEST)
         disk.sync_folder(folder)
     for path in sorted(folder.iterdir()):
-        if path.name in (STATE, UNCOMMITTED) or path.suffix == SUFFIX:
+        if path.name in (STATE, LAYOUT, UNCOMMITTED) or path.suffix == SUFFIX:
             disk.remove_file(path)
     if not any(folder.iterdir()):
         disk.remove_folder(folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from groundup.base.errors import DistributedError
+from groundup.parallel.config import DIMS
 from groundup.parallel.world import World
 
 if TYPE_CHECKING:
@@ -34,18 +35,28 @@ def refuse_mismatch(world: World, facts: Mapping[str, Any]) -> None:
 
 
 def refuse_divergence(world: World, step: int, weights: Mapping[str, "Tensor"]) -> None:
-    """Raise DistributedError, on every rank, if a rank's weights are not those of most, naming the first that differs."""
+    """Raise DistributedError, on every rank, if a rank's weights are not those of most, naming the first that differs.
+
+    Compared are ranks that hold the same part of the model: those that differ in `data_replicate` and `context` alone.
+    """
     if world.size == 1:
         return
     hashes = [_hash(weights[name]) for name in weights]
-    together = world.gather(hashlib.sha256("".join(hashes).encode()).hexdigest())
-    if len(set(together)) == 1:
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    part = [world.mesh.coordinates[dim] for dim in DIMS if dim not in ("data_replicate", "context")]
+    gathered = world.gather([part, digest])
+    parts, together = [str(part) for part, _ in gathered], [digest for _, digest in gathered]
+    # of each part the most common; among equals the first rank's
+    usual_of = {
+        part: together.index(Counter(d for p, d in zip(parts, together, strict=True) if p == part).most_common(1)[0][0])
+        for part in dict.fromkeys(parts)
+    }
+    odd = next((rank for rank, part in enumerate(parts) if together[rank] != together[usual_of[part]]), None)
+    if odd is None:
         return
-    # the most common; among equals rank 0's
-    usual = together.index(Counter(together).most_common(1)[0][0])
-    every = world.gather(hashes)
-    odd = next(rank for rank, value in enumerate(together) if value != together[usual])
-    name = next(name for name, mine, theirs in zip(weights, every[odd], every[usual], strict=True) if mine != theirs)
+    usual, every = usual_of[parts[odd]], world.gather([list(weights), hashes])
+    (names, mine), (_, theirs) = every[odd], every[usual]
+    name = next(name for name, own, other in zip(names, mine, theirs, strict=True) if own != other)
     raise DistributedError(
         "E-DIVERGED",
         what=f"rank {odd} holds other weights than rank {usual}, first in {name}",

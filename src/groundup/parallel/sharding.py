@@ -1,6 +1,9 @@
 """FSDP2: weights, gradients and optimizer in shards; a block's weights are whole only while it computes (ZeRO,
 arXiv:1910.02054; Zhao et al., arXiv:2304.11277)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -18,10 +21,14 @@ def shard_parameters(model: CausalLM, mesh: Mesh, config: ParallelConfig, *, dty
     """
     dims = mesh.along("data_replicate", "data_shard") if mesh.has("data_replicate") else mesh.along("data_shard")
 
+    # no gradient moves them; they stay whole
+    kept = {*model.balance_biases().values(), *_indivisible(model, mesh.degrees["data_shard"])}
+
     def shard(module: nn.Module, dtype: torch.dtype) -> None:
         fully_shard(
             module,
             mesh=dims,
+            ignored_params=kept,
             reshard_after_forward=config.shard == "parameters" and module is not model,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=None if dtype == torch.float32 else dtype,
@@ -44,8 +51,31 @@ def shard_parameters(model: CausalLM, mesh: Mesh, config: ParallelConfig, *, dty
             module.set_force_sum_reduction_for_comms(True)  # a factor of 1 by NCCL's scaled sum, which gloo lacks
 
 
+def _indivisible(model: nn.Module, num_shards: int) -> Iterator[nn.Parameter]:
+    """4-bit matrices too small to be cut: their scales are kept in blocks, and a shard holds whole ones."""
+    for parameter in model.parameters():
+        factors = getattr(parameter, "quantization_factor", None)
+        if factors is not None and factors.numel() % num_shards:
+            yield parameter
+
+
 def sums_now(model: nn.Module, is_last: bool) -> None:
     """Whether this micro-batch's backward sums gradients over the ranks, those of the ones before with it."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
         model.set_is_last_backward(is_last)
+
+
+@contextmanager
+def unsharded(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
+    """Inside, every rank holds the weights whole, and modules can be called in any order. Collective."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(config.shard == "parameters" and module is not model, recurse=False)

@@ -40,10 +40,12 @@ class World:
         self._reports = reports
         self.mesh = Mesh({"data_replicate": size}, rank=rank)
         """How the ranks share the work; without a recipe that says otherwise, each holds the whole model."""
+        self.parallel = ParallelConfig()
 
     def spread(self, config: ParallelConfig) -> None:
         """Spread the ranks as a recipe's section says. Raises ConfigError where its degrees do not make so many."""
         device_type = "cuda" if self.size > 1 and self._has_cuda() else "cpu"
+        self.parallel = config
         self.mesh = Mesh(degrees_of(config, self.size), rank=self.rank, device_type=device_type)
 
     def _has_cuda(self) -> bool:

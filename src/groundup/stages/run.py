@@ -80,7 +80,7 @@ def _refuse_clash(work: Work, stage: str) -> None:
     if section is None:
         return
     shape = None if isinstance(section, FinetuneConfig) and section.init_from != "auto" else recipe.model
-    combination = combination_of(section, shape, device=device_of(section), num_ranks=work.world.size)
+    combination = combination_of(section, shape, device=device_of(section), mesh=work.world.mesh)
     refuse_clash(combination, where=stage)
 
 

@@ -8,6 +8,8 @@ from groundup.adapters.config import AdapterConfig
 from groundup.base.config import Config
 from groundup.base.errors import ConfigError
 from groundup.model.config import ModelConfig
+from groundup.parallel.config import Dim
+from groundup.parallel.mesh import Mesh
 from groundup.train.config import TrainConfig
 
 Combination = Mapping[str, str]
@@ -24,9 +26,12 @@ def _choices(config: type[Config], name: str) -> tuple[str, ...]:
 
 SWITCHES = ("compile", "dropout", "ema_decay", "z_loss", "label_smoothing", "use_dora", "sliding_window")
 """Fields that are on or off here, whatever number they hold."""
+SPREAD: tuple[Dim, ...] = ("data_shard", "tensor", "pipeline", "expert", "context")
+"""Dimensions of the mesh along which a rank holds less than the whole."""
 AXES: Mapping[str, tuple[str, ...]] = {
     "device": ("cpu", "cuda"),
     "ranks": (ONE, SEVERAL),
+    **dict.fromkeys(SPREAD, (OFF, ON)),
     "model_type": _choices(ModelConfig, "model_type"),
     **{name: _choices(AdapterConfig, name) for name in ("adapter", "nf4_maker", "init_lora_weights")},
     **{
@@ -69,10 +74,23 @@ RULES = (
         "FlashAttention computes in bf16 and fp16 alone",
         {"attention": "flex"},
     ),
+    *(
+        Rule(
+            {"optimizer": "adafactor", dim: ON},
+            "its means over rows and columns need whole matrices",
+            {"optimizer": "adamw"},
+        )
+        for dim in ("data_shard", "tensor")
+    ),
+    Rule(
+        {"nf4_maker": "bitsandbytes", "adapter": "qlora", "data_shard": ON},
+        "bitsandbytes' 4-bit matrices cannot be cut into shards",
+        {"nf4_maker": "torchao"},
+    ),
 )
 
 
-def combination_of(config: TrainConfig, shape: ModelConfig | None, *, device: str, num_ranks: int) -> Combination:
+def combination_of(config: TrainConfig, shape: ModelConfig | None, *, device: str, mesh: Mesh) -> Combination:
     """The combination a training section asks for; of a model that is not known yet, nothing is said."""
     adapter = config if isinstance(config, AdapterConfig) else AdapterConfig()
     parts = (config, adapter, *([] if shape is None else [shape]))
@@ -81,7 +99,8 @@ def combination_of(config: TrainConfig, shape: ModelConfig | None, *, device: st
         values = {name: value for name, value in values.items() if name not in ("nf4_maker", "init_lora_weights")}
     elif adapter.lora_dropout > 0:
         values["dropout"] = ON
-    return values | {"device": device, "ranks": SEVERAL if num_ranks > 1 else ONE}
+    spread = {dim: ON if mesh.has(dim) else OFF for dim in SPREAD}
+    return values | {"device": device, "ranks": SEVERAL if mesh.size > 1 else ONE} | spread
 
 
 def _word(value: object) -> str:

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from groundup.base.errors import CheckpointError
 from groundup.base.failpoints import reach
+from groundup.base.piece import Piece
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import EXPERT_LOAD, NLL, LossSums
-from groundup.optim.averaging import WeightAverage, computing_with
+from groundup.optim.averaging import NUM_UPDATES, WeightAverage, computing_with
 from groundup.optim.build import build_optimizers
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import set_lr
@@ -419,6 +420,36 @@ class TorchEngine:
     def final_weights(self) -> dict[str, Tensor]:
         """What the run gives back: the averages of the weights where they are kept, else the weights."""
         return self.weights if self.average is None else self.weights | self.average.tensors
+
+    def gathered_weights(self) -> dict[str, Tensor]:
+        """`final_weights`, whole, on the first rank at least. Collective."""
+        return self.final_weights
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank counts and saves its part of a weight."""
+        return True
+
+    def weight_names(self) -> set[str]:
+        """Names of `weights`, those of other ranks among them. Collective."""
+        return set(self.weights)
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank holds of each weight, and of what stands beside weights in a checkpoint."""
+        beside = {"scale": (), "good_steps": (), NUM_UPDATES: ()}
+        return {name: Piece.of_whole(tuple(weight.shape)) for name, weight in self.weights.items()} | {
+            name: Piece.of_whole(shape) for name, shape in beside.items()
+        }
+
+    @property
+    def losses(self) -> Callable[[RowBatch], LossSums] | None:
+        """How rows are computed where the model does not stand whole on this rank; None where it does."""
+        return None
+
+    @contextmanager
+    def reading(self) -> Iterator[CausalLM | None]:
+        """Around reading and writing text: the model as it would be given back now, None where another rank has it."""
+        with self.with_final_weights():
+            yield self.model
 
     def with_final_weights(self) -> AbstractContextManager[None]:
         """Around a look at the model: inside it computes with what the run would give back now."""

@@ -122,7 +122,8 @@ def resolve(
     Raises ConfigError for a batch that its rows do not divide, for a warmup longer than the run, and for fewer CUDA
     devices than ranks; DoesNotFit for a run that the memory does not hold.
     """
-    num_ranks, num_local = (world.size, world.num_local) if world is not None else (1, 1)
+    world = world or World()
+    num_ranks, num_local, mesh = world.size, world.num_local, world.mesh
     if config.batch_size_tokens % config.row_length:
         nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
         raise ConfigError(
@@ -151,16 +152,16 @@ def resolve(
             next="install g++, or set compile: false",
         )
     attention = kept.get("attention", _attention(config, device, precision, shape, compiles=compiles))
-    asked = combination_of(config, shape, device=device, num_ranks=num_ranks)
+    asked = combination_of(config, shape, device=device, mesh=mesh)
     refuse_clash({**asked, "precision": precision, "attention": attention})
     if attention == "varlen":
         _refuse_varlen(shape)
     optim = settled(config, num_parameters=matrix_parameters, batch_size_tokens=config.batch_size_tokens)
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
     num_threads = kept.get("num_threads", max(1, num_threads // num_local))
-    share_rows = -(-batch_rows // num_ranks)
-    # the generator of dropout belongs to one thread
-    can_open_lanes = device == "cpu" and not has_dropout
+    share_rows = -(-batch_rows // mesh.num_row_shares)
+    # the generator of dropout, and talk between ranks, belong to one thread
+    can_open_lanes = device == "cpu" and not has_dropout and not mesh.is_sharded
     lanes = max(1, min(num_threads, share_rows * config.row_length // LANE_TOKENS)) if can_open_lanes else 1
     rows = kept.get("micro_batch_rows", _micro_batch_rows(config, device, share_rows, lanes))
     lanes = kept.get("num_lanes", min(lanes, -(-share_rows // rows)))

@@ -5,33 +5,35 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from groundup.base.duration import in_steps
 from groundup.base.errors import CheckpointError, ConfigError, NumericsError, Preempted
-from groundup.base.failpoints import reach
 from groundup.base.log import Progress
 from groundup.base.seeding import derive_seed
 from groundup.base.signals import StopRequest, stop_request
-from groundup.checkpoint.attempt import SUFFIX
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.changes import changes_since, environment_of
-from groundup.train.engine import StepAbandoned, TorchEngine
+from groundup.train.engine import StepAbandoned
 from groundup.train.figures import final_figures, progress_line, scaling_figures, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
+from groundup.train.looks import Looks
 from groundup.train.loop import RewindWanted, StepResult, training_steps
 from groundup.train.meter import Meter
 from groundup.train.out_of_memory import does_not_fit, is_out_of_memory, layout_words
 from groundup.train.prepare import prepare
 from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good, write_resolved
-from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints
+from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints, saved_tensors
+from groundup.train.spread_engine import SpreadEngine, engine_of, refuse_split
+from groundup.train.spread_saving import SpreadStore
 from groundup.train.state import TrainingState
-from groundup.train.validation import look_at_all, weighted_loss
+from groundup.train.validation import weighted_loss
 
 STEPS_TO_COMPARE = 8
 """Steps between two comparisons of how long the ranks compute."""
@@ -44,11 +46,12 @@ class TrainingRun:
         self.job, self.config = job, job.config
         self.world = job.world
         job.model.use_dropout(self.config.dropout)
+        refuse_split(self.world.mesh, job.model.config, self.config)
         self.resolved = self._resolve()
         self.config = self.resolved.settle(job.config)
         apply_threads(self.resolved)
-        prepare(job.model, self.config, self.resolved)
-        self.engine = TorchEngine(
+        prepare(job.model, self.config, self.resolved, device=self._device, world=self.world)
+        self.engine = engine_of(self.world)(
             job.model,
             self.config,
             dtype=self.resolved.dtype,
@@ -70,13 +73,16 @@ class TrainingRun:
             keep_every=self._intervals["keep_every"] or None,
             is_strict=job.is_strict,
         )
+        self.spread_store = SpreadStore(self.store, self.world)
         self.is_resumed = self._load()
         if self.resolved.shrunk_from is not None:
             self.state.is_exact = False
         if job.is_exact:
             self._refuse_inexact()
+        num_bytes = checkpoint_bytes(self.engine)
         if self.world.is_first and self.state.step < self.resolved.total_steps:
-            self.store.preflight(checkpoint_bytes(self.engine), self._most_checkpoints())
+            self.store.preflight(num_bytes, self._most_checkpoints())
+        self.looks = Looks(job, self.config, self.engine, self._record_sample)
         self.meter = Meter(self.config, job.model.config, self.resolved)
         self.metrics = self._records("metrics.jsonl", keep_bytes=self.state.metrics_bytes)
         self.timing = self._records("timing.jsonl")
@@ -93,8 +99,7 @@ class TrainingRun:
         if found is None:
             return False
         self.state = TrainingState(**found.state)
-        kept = [name for name in ("model", "optimizer", "scaler", "ema") if f"{name}{SUFFIX}" in found.files]
-        self.engine.load_state_dict({name: found.tensors(name) for name in kept})
+        self.engine.load_state_dict(saved_tensors(found, self.engine))
         return True
 
     @property
@@ -193,7 +198,7 @@ class TrainingRun:
             num_ranks=self.world.size,
             loss_scale=self.engine.loss_scale,
         )
-        return TrainingOutcome(self.engine.final_weights, self.resolved, figures)
+        return TrainingOutcome(self.engine.gathered_weights(), self.resolved, figures)
 
     def _most_checkpoints(self) -> int:
         return most_checkpoints(
@@ -234,7 +239,7 @@ class TrainingRun:
 
     def _note_changes(self) -> None:
         """A resumed run whose settings or machine are not those it began with goes on and is marked."""
-        changed = self._changes()
+        changed = self.world.broadcast(self._changes())
         self.state.environment, self.state.key = self._here, dict(self.job.key)
         if self.is_resumed and changed:
             self.state.is_exact = False
@@ -268,6 +273,7 @@ class TrainingRun:
             self._save()
         for result in steps:
             self.world.report(result.step)
+            self.spread_store.poll()
             self._note_shrunk(result.step)
             is_saved = result.step == total or self._is_due("checkpoint_every")
             if is_saved or result.step % self.job.compare_every == 0:
@@ -279,7 +285,7 @@ class TrainingRun:
             if looks:
                 validation_text = "".join(f"  val {figures['loss']:.3f}" for figures in looks.values())
             if self._is_due("sample_every"):
-                self._sample(stop)
+                self.looks.sample(stop.is_asked)
             if self._is_due("checkpoint_every") and result.step < total:
                 self._save()
             rate = (result.step - first_step) * self.config.batch_size_tokens / (time.monotonic() - self._began)
@@ -330,6 +336,8 @@ class TrainingRun:
         if not self.world.is_first:
             stop.wait_until_over()
             return "the first rank saves"
+        if self.engine.meets_others:
+            return "the last save stands"
         if not self._state_is_whole.acquire(timeout=1.0):
             return "the last save stands"
         with self._saving:
@@ -387,8 +395,9 @@ class TrainingRun:
 
     def _look(self, stop: StopRequest) -> dict[str, dict[str, float]] | None:
         """Look at the validation rows where that is due, and write the step's line of metrics."""
-        looks = self._validate(stop) if self._is_due("validate_every") else None
-        audit = self.job.audit(self.job.model, lambda: self._poll(stop)) if looks and self.job.audit else None
+        poll = partial(self._poll, stop)
+        looks = self.looks.validate(poll) if self._is_due("validate_every") else None
+        audit = self.looks.audit(poll) if looks else None
         with self._state_is_whole:
             values = self.state.unwritten
             assert values is not None
@@ -448,32 +457,15 @@ class TrainingRun:
     def _event(self, step: int, kind: str, detail: Any) -> None:
         self.events.write({"step": step, "kind": kind, "detail": detail})
 
-    def _validate(self, stop: StopRequest) -> dict[str, dict[str, float]]:
-        if not self.world.is_first:
-            return {}
-        reach("run.validate")
-        with self.engine.with_final_weights():
-            return look_at_all(
-                self.job.model,
-                self.job.validation,
-                max_rows=self.config.max_validation_rows,
-                micro_batch_rows=self.resolved.micro_batch_rows,
-                device=self._device,
-                token_bytes=self.job.token_bytes,
-                should_stop=self._should_stop(stop),
-            )
-
-    def _sample(self, stop: StopRequest) -> None:
-        for prompt in self.config.sample_prompts if self.world.is_first else ():
-            if stop.is_asked():
-                return
-            with self.engine.with_final_weights():
-                text = self.job.sample(self.job.model, prompt)
-            self._event(self.state.step, "sample", {"prompt": prompt, "text": text})
-            self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
+    def _record_sample(self, prompt: str, text: str) -> None:
+        self._event(self.state.step, "sample", {"prompt": prompt, "text": text})
+        self.job.log.say(f"  sample at step {self.state.step}: {prompt!r} → {text[:100]!r}")
 
     def _save(self, *, wait: bool = False) -> None:
-        """Rank 0 saves this step once; without `wait` it is written while the next steps compute."""
+        """Rank 0 saves this step once, or all ranks together; without `wait` it is written while the next steps compute."""
+        if isinstance(self.engine, SpreadEngine):
+            self._save_together(self.engine, wait=wait)
+            return
         if not self.world.is_first:
             return
         with self._saving:
@@ -495,3 +487,14 @@ class TrainingRun:
                 self._saved_step = self.state.step
                 self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
             self._saving_seconds += time.perf_counter() - began
+
+    def _save_together(self, engine: SpreadEngine, *, wait: bool) -> None:
+        began = time.perf_counter()
+        if self._saved_step != self.state.step:
+            self.state.metrics_bytes = self.metrics.num_bytes()
+            metric, self._saved_step = self.state.look_loss, self.state.step
+            self.spread_store.save(self.state.step, engine.parts(), asdict(self.state), metric=metric, wait=wait)
+            self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
+        elif wait:
+            self.spread_store.finish()
+        self._saving_seconds += time.perf_counter() - began

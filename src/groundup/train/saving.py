@@ -1,17 +1,24 @@
 """Checkpoints of a run over its ranks: which one all of them load, how many there will be, how many bytes one takes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from groundup.checkpoint.attempt import Checkpoint
+from torch import Tensor
+
+from groundup.base.errors import CheckpointError
+from groundup.checkpoint.attempt import SUFFIX, Checkpoint
 from groundup.checkpoint.manifest import FileRecord
+from groundup.checkpoint.pieces import SavedGroup
 from groundup.checkpoint.store import CheckpointStore
 from groundup.optim.state import state_bytes
 from groundup.parallel.world import World
 from groundup.train.engine import TorchEngine
+
+GROUPS = ("model", "optimizer", "scaler", "ema")
+"""Files of tensors in a checkpoint, each in pieces where several ranks wrote it."""
 
 
 def find_checkpoint(store: CheckpointStore, world: World, metrics: Path) -> Checkpoint | None:
@@ -55,7 +62,32 @@ def most_checkpoints(
 
 
 def checkpoint_bytes(engine: TorchEngine) -> int:
-    """Bytes of one checkpoint: the weights, what the optimizers will keep of them, and their averages."""
-    shapes = {name: tuple(master.shape) for name, master in engine.masters.items()}
-    weights = [*engine.weights.values(), *(() if engine.average is None else engine.average.state_dict().values())]
-    return sum(weight.nbytes for weight in weights) + state_bytes(shapes, engine.config)
+    """Bytes of one checkpoint: the weights, what the optimizers will keep of them, and their averages. Collective."""
+    owned = {name: weight for name, weight in engine.weights.items() if engine.owns(name)}
+    shapes = {name: tuple(weight.shape) for name, weight in owned.items() if name in engine.masters}
+    averages = sum(owned[name].numel() * 4 for name in shapes) if engine.average is not None else 0
+    own = sum(weight.nbytes for weight in owned.values()) + averages + state_bytes(shapes, engine.config)
+    return engine.world.sum_counts([own])[0] if engine.meets_others else own
+
+
+def saved_tensors(found: Checkpoint, engine: TorchEngine) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint has for this rank, by group: whole tensors, or the pieces of them that it holds.
+
+    Raises CheckpointError for a piece that is not there, and for one that cannot be cut out of those that are.
+    """
+    if not engine.meets_others and found.layout() is None:
+        return {name: found.tensors(name) for name in GROUPS if f"{name}{SUFFIX}" in found.files}
+    groups = {name: SavedGroup(found, name) for name in GROUPS}
+    pieces = engine.pieces()
+    refuse_other_names(groups["model"].names(), engine.weight_names())
+    return {name: group.read(pieces) for name, group in groups.items() if group.is_there}
+
+
+def refuse_other_names(saved: Iterable[str], own: Iterable[str]) -> None:
+    """Raise CheckpointError where a checkpoint's weights are not those of the run."""
+    if differing := sorted(set(saved) ^ set(own)):
+        raise CheckpointError(
+            "E-KEYS",
+            what=f"checkpoint and run differ in {len(differing)} tensors: {differing[:4]}",
+            next="begin again with `--restart`",
+        )

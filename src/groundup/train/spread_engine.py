@@ -7,11 +7,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from groundup.adapters.config import AdapterConfig
+from groundup.base.piece import Piece
+from groundup.checkpoint.pieces import Part, parts_of
 from groundup.data.rows import RowBatch
+from groundup.model.causal_lm import CausalLM
+from groundup.model.config import ModelConfig
 from groundup.model.loss import LossSums
 from groundup.optim.build import build_optimizers
 from groundup.parallel.config import Dim
-from groundup.parallel.sharding import sums_now
+from groundup.parallel.mesh import Mesh, check_mesh
+from groundup.parallel.sharding import sums_now, unsharded
 from groundup.parallel.shards import (
     Holding,
     SpreadMatrices,
@@ -21,6 +27,8 @@ from groundup.parallel.shards import (
     norm_over_ranks,
     whole_on_first,
 )
+from groundup.parallel.world import World
+from groundup.train.config import TrainConfig
 from groundup.train.engine import TorchEngine
 
 
@@ -113,11 +121,61 @@ class SpreadEngine(TorchEngine):
             master.copy_(weights[name])
         self._refresh_copies()
 
-    @torch.no_grad()
-    def losses(self, batch: RowBatch) -> LossSums:
-        """Losses of rows that every rank gives: the same sums on all of them."""
-        return self._forward(batch)
+    @property
+    def losses(self) -> Callable[[RowBatch], LossSums]:
+        return self._forward
+
+    @contextmanager
+    def reading(self) -> Iterator[CausalLM | None]:
+        """Shards are gathered for as long as it takes, and all ranks read alike; of a model that is cut otherwise the first
+        rank gets a whole copy."""
+        if any(self.world.mesh.has(dim) for dim in ("tensor", "pipeline", "expert")):
+            weights = self.gathered_weights()
+            yield self._copy_of(weights) if weights else None
+        else:
+            with self.with_final_weights(), unsharded(self.model, self.world.parallel):
+                yield self.model
+
+    def _copy_of(self, weights: Mapping[str, Tensor]) -> CausalLM:
+        copy = CausalLM(self.model.config)
+        named = dict(copy.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                named[name].copy_(weight)
+        return copy.eval()
 
     def gathered_weights(self) -> dict[str, Tensor]:
-        """What the run gives back, whole, in the first rank's memory; empty on the others. Collective."""
         return whole_on_first(self.final_weights, self.holdings, self.world.mesh)
+
+    def owns(self, name: str) -> bool:
+        return self.holdings[name].owner == self.world.rank
+
+    def weight_names(self) -> set[str]:
+        return {name for names in self.world.gather(list(self.weights)) for name in names}
+
+    def pieces(self) -> dict[str, Piece]:
+        return super().pieces() | {name: holding.piece for name, holding in self.holdings.items()}
+
+    def parts(self) -> dict[str, dict[str, Part]]:
+        """All that this rank owns of what changes, by group."""
+        pieces = self.pieces()
+        found = {group: parts_of(tensors, pieces) for group, tensors in self.state_dict().items()}
+        return {
+            group: {name: part for name, part in parts.items() if self._owns_entry(name)}
+            for group, parts in found.items()
+        }
+
+    def _owns_entry(self, name: str) -> bool:
+        owner = name if name in self.holdings else name.rpartition(":")[0]
+        return self.owns(owner) if owner else self.world.is_first
+
+
+def engine_of(world: World) -> type[TorchEngine]:
+    """The engine for the way the ranks are spread."""
+    return SpreadEngine if world.mesh.is_sharded else TorchEngine
+
+
+def refuse_split(mesh: Mesh, shape: ModelConfig, config: TrainConfig) -> None:
+    """Raise ConfigError for a model or rows that the mesh cannot divide."""
+    has_adapter = isinstance(config, AdapterConfig) and config.adapter != "none"
+    check_mesh(mesh.degrees, shape, row_length=config.row_length, has_adapter=has_adapter)

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from groundup.data.rows import RowSource, read_batch
+from groundup.data.rows import RowBatch, RowSource, read_batch
 from groundup.model.causal_lm import CausalLM
-from groundup.model.loss import IGNORE_INDEX
-from groundup.train.engine import StepAbandoned
+from groundup.model.loss import IGNORE_INDEX, LossSums
 
 
 @torch.no_grad()
@@ -23,11 +22,13 @@ def validation_figures(
     micro_batch_rows: int,
     device: str,
     token_bytes: NDArray[np.integer] | None,
-    should_stop: Callable[[], bool] = lambda: False,
+    poll: Callable[[], None] = lambda: None,
+    losses: Callable[[RowBatch], LossSums] | None = None,
 ) -> dict[str, float]:
     """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known.
 
-    Raises StepAbandoned if `should_stop` says so before a micro-batch. Bits per byte count only tokens that stand for bytes: an end-of-text is none.
+    `losses` computes a batch where the model does not stand whole on one rank. `poll`, called before each
+    micro-batch, raises to stop. Bits per byte count only tokens that stand for bytes: an end-of-text is none.
     """
     was_training = model.training
     model.eval()
@@ -35,11 +36,16 @@ def validation_figures(
     loss_sum = byte_loss_sum = 0.0
     num_tokens = num_bytes = 0
     for begin in range(0, num_rows, micro_batch_rows):
-        if should_stop():
+        try:
+            poll()
+        except BaseException:
             model.train(was_training)
-            raise StepAbandoned
+            raise
         batch = read_batch(source, begin, min(micro_batch_rows, num_rows - begin)).to(device)
-        sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
+        if losses is None:
+            sums = model(batch.tokens_BT, batch.segments, batch.labels_BT)
+        else:
+            sums = losses(batch)
         loss_sum += float(sums.nll_sum)
         num_tokens += sums.num_tokens
         if token_bytes is not None:
