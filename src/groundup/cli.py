@@ -534,6 +534,25 @@ def doctor_numerics(recipe: str = "quickstart", *settings: Overrides, json: Path
     proofs(loaded, Log(), json_file=json)
 
 
+@doctor_app.command(name="parallel")
+def doctor_parallel(recipe: str = "quickstart", *settings: Overrides, json: Path | None = None) -> None:
+    """Prove on a recipe's model shape that a model spread over processes trains as on one; exit 6 if it does not.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    json
+        Write the results to this file too.
+    """
+    from groundup.stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings))
+    from groundup.proof.spread.table import doctor_parallel as proofs
+
+    proofs(loaded, Log(), json_file=json)
+
+
 @app.command(name="trial-server", show=False)
 def trial_server(*imports: str) -> None:
     """What proofs start: runs the commands that it reads, each in a process of its own."""

@@ -1,0 +1,78 @@
+"""Every way to spread a model is one process within 1e-5, and really spreads; what breaks that is seen."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from groundup.base.errors import DistributedError
+from groundup.model.config import ModelConfig
+from groundup.proof.spread import table
+from groundup.proof.spread.table import CASES, Case, Result, judge
+from groundup.stages.recipe import load_recipe
+
+DENSE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+EXPERTS = DENSE | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "router_aux_loss_coef": 0.01,
+    "router_aux_loss_scope": "row",
+}
+FAULTS = Path(__file__).with_name("faulty_spread.py")
+
+
+def shape_of(values):
+    return ModelConfig(**values).model_dump(mode="json")
+
+
+def shape_for(case):
+    return shape_of(EXPERTS if case.needs_experts else DENSE)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.num_ranks == 2], ids=lambda case: case.name)
+def test_two_ranks_are_one_process(on_two_ranks, case):
+    result = judge(case, on_two_ranks, shape_for(case))
+    assert result.verdict == "PASS", result.line()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("case", [case for case in CASES if case.num_ranks == 4], ids=lambda case: case.name)
+def test_four_ranks_are_one_process(on_four_ranks, case):
+    result = judge(case, on_four_ranks, shape_for(case))
+    assert result.verdict == "PASS", result.line()
+
+
+@pytest.mark.parametrize("shape", [DENSE | {"tie_word_embeddings": False}, EXPERTS], ids=["untied", "experts"])
+def test_other_models_are_sharded_too(on_two_ranks, shape):
+    result = judge(Case({"data_shard": 2}), on_two_ranks, shape_of(shape))
+    assert result.verdict == "PASS", result.line()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("averages", '"norm": 0.5'), ("shards_nothing", "nothing was sharded"), ("norm_of_a_shard", '"losses"')],
+)
+def test_a_fault_is_seen(on_two_ranks, fault, says):
+    def run(where, name, *arguments):
+        return on_two_ranks(FAULTS, fault, *arguments)
+
+    result = judge(Case({"data_shard": 2}), run, shape_of(DENSE))
+    assert result.verdict == "FAIL" and says in result.reason, result.line()
+
+
+def test_one_that_fails_is_exit_6(monkeypatch):
+    monkeypatch.setattr(table, "CASES", (Case({"data_replicate": 1}),))
+    monkeypatch.setattr(table, "judge", lambda *_: Result("x", "FAIL", 1e-5, {"loss": 1.0, "held": 1.0}))
+    said = []
+    with pytest.raises(DistributedError, match="E-PROOF: not as one process: x") as caught:
+        table.doctor_parallel(load_recipe("quickstart"), types.SimpleNamespace(say=said.append))
+    assert caught.value.exit_code == 6 and said[-1] == "1 FAIL"
