@@ -165,7 +165,7 @@ def _own_logits_gradient(
         own.append(shifted_CV.sum(1, keepdim=True))
     grad_CV = shifted_CV.exp_()
     own.append(grad_CV.sum(1, keepdim=True))
-    label_C1, *shifted_sum_C1, exp_sum_C1 = shard.sum_over_ranks(torch.cat(own, dim=1)).split(1, dim=1)
+    label_C1, *shifted_sum_C1, exp_sum_C1 = shard.sum_over_ranks(torch.cat(own, dim=1)).chunk(len(own), dim=1)
     log_sum_C1 = exp_sum_C1.log()
     chunk[NLL].copy_(log_sum_C1 - label_C1)
     grad_CV /= exp_sum_C1
