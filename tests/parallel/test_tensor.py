@@ -72,9 +72,9 @@ def test_with_sharded_data_a_rank_holds_a_quarter(on_four_ranks, name):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])
-def test_logits_are_those_of_every_id(on_two_ranks, name):
+def test_logits_and_a_look_are_those_of_one_rank(on_two_ranks, name):
     for rank in values(on_two_ranks(WORK, "equal_logits", SHAPES[name])):
-        assert rank["logits"] < 1e-6 and rank["gradients"] < 1e-5
+        assert rank["logits"] < 1e-6 and rank["gradients"] < 1e-5 and rank["look"] < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def equal_with_shards(world, shape):
 
 
 def equal_logits(world, shape):
-    """How far the logits of every id are from those of one rank, and the gradients that come back through them."""
+    """How far the logits of every id are from those of one rank, gradients that come back through them, and a look at losses."""
     world.mesh = Mesh({"tensor": world.size}, rank=world.rank)
     tokens_BT, segments, _ = batch_of()
     one, shared = model_of(shape), model_of(shape)
@@ -147,7 +147,13 @@ def equal_logits(world, shape):
     for logits_BTV in (found, wanted):
         logits_BTV.square().sum().backward()
     gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (shared, one)]
-    return {"logits": distance({"": found}, {"": wanted}), "gradients": distance(*gradients)}
+    with torch.no_grad():
+        looks = [model.eval()(*batch_of()).per_token_BT for model in (shared, one)]
+    return {
+        "logits": distance({"": found}, {"": wanted}),
+        "gradients": distance(*gradients),
+        "look": distance({"": looks[0]}, {"": looks[1]}),
+    }
 
 
 def sums_in(world, dtype, scale):
