@@ -10,7 +10,16 @@ from groundup.model.balance import LOAD_BALANCE, ROUTER_Z, counted_tokens, exper
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
-from groundup.model.loss import EXPERT_LOAD, IGNORE_INDEX, NLL, PLAIN, LossOptions, LossSums, linear_cross_entropy
+from groundup.model.loss import (
+    EXPERT_LOAD,
+    IGNORE_INDEX,
+    NLL,
+    PLAIN,
+    LossOptions,
+    LossSums,
+    VocabularyShard,
+    linear_cross_entropy,
+)
 from groundup.model.makers import AttentionMaker, Walls, walls_of
 from groundup.model.moe import Router, Routing, SparseMLP
 from groundup.model.norm import RMSNorm
@@ -74,6 +83,8 @@ class CausalLM(nn.Module):
         assert config.vocab_size != "auto", "resolve the vocabulary before building the model"
         self.config = config
         self.loss_options = PLAIN
+        self.vocabulary_shard: VocabularyShard | None = None
+        """The head's ids that this rank holds; None: all of them."""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -101,6 +112,7 @@ class CausalLM(nn.Module):
             num_loss_tokens,
             grad_scale=grad_scale,
             options=self.loss_options,
+            shard=self.vocabulary_shard,
         )
         return self._with_balance(sums, routings, labels_BT, segments) if routings else sums
 

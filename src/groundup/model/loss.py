@@ -1,7 +1,8 @@
 """The one loss: cross-entropy of next tokens, computed in chunks of rows so that full logits never exist."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ class LossOptions:
 PLAIN = LossOptions()
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """A rank's run of the ids where the head is spread over ranks, and how they put together what each has of a row."""
+
+    first_id: int
+    vocab_size: int
+    """Ids of all ranks."""
+    own_rows: Callable[[Tensor], Tensor]
+    """The rows of the head's weight that this rank holds."""
+    max_over_ranks: Callable[[Tensor], Tensor]
+    sum_over_ranks: Callable[[Tensor], Tensor]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the objective's terms over all rows of the logits h W^T, and each term of each row.
 
@@ -65,7 +79,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, grad_scale: float, options: LossOptions
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        grad_scale: float,
+        options: LossOptions,
+        shard: VocabularyShard | None,
     ) -> tuple[Tensor, ...]:
         needs_h, needs_weight, *_ = ctx.needs_input_grad
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
@@ -74,11 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             name: torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
             for name in (NLL, *options.terms())
         }
+        gradient_of = _logits_gradient if shard is None else partial(_own_logits_gradient, shard)
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for begin in range(0, len(labels_N), rows):
             h_CD, labels_C1 = h_ND[begin : begin + rows], labels_N[begin : begin + rows, None]
             chunk = {name: values_N[begin : begin + rows, None] for name, values_N in terms.items()}
-            grad_CV = _logits_gradient((h_CD @ weight_VD.t()).float(), labels_C1, chunk, options)
+            grad_CV = gradient_of((h_CD @ weight_VD.t()).float(), labels_C1, chunk, options)
             if not (needs_h or needs_weight):
                 continue
             if grad_scale != 1.0:
@@ -97,12 +118,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return _objective(terms, options), *terms.values()
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         grad_sum = grad_sum / ctx.grad_scale
         return (
             None if grad_h_ND is None else grad_h_ND * grad_sum.to(grad_h_ND.dtype),
             None if grad_weight_VD is None else (grad_weight_VD * grad_sum).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,
@@ -128,6 +150,36 @@ def _logits_gradient(logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, T
     return grad_CV
 
 
+def _own_logits_gradient(
+    shard: VocabularyShard, logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, Tensor], options: LossOptions
+) -> Tensor:
+    """As `_logits_gradient` for a rank's own ids: the largest logit, the sum that the softmax divides by and the label's
+    logit come from all ranks (Shoeybi et al., arXiv:1909.08053). Every rank writes the same terms."""
+    place_C1 = labels_C1 - shard.first_id
+    is_own_C1 = (place_C1 >= 0) & (place_C1 < logits_CV.shape[1])
+    place_C1 = place_C1.where(is_own_C1, 0)
+    largest_C1 = shard.max_over_ranks(logits_CV.amax(1, keepdim=True))
+    shifted_CV = logits_CV.sub_(largest_C1)
+    own = [shifted_CV.gather(1, place_C1).where(is_own_C1, 0.0)]
+    if SMOOTHING_LOSS in chunk:
+        own.append(shifted_CV.sum(1, keepdim=True))
+    grad_CV = shifted_CV.exp_()
+    own.append(grad_CV.sum(1, keepdim=True))
+    label_C1, *shifted_sum_C1, exp_sum_C1 = shard.sum_over_ranks(torch.cat(own, dim=1)).chunk(len(own), dim=1)
+    log_sum_C1 = exp_sum_C1.log()
+    chunk[NLL].copy_(log_sum_C1 - label_C1)
+    grad_CV /= exp_sum_C1
+    if Z_LOSS in chunk:
+        log_z_C1 = largest_C1 + log_sum_C1
+        chunk[Z_LOSS].copy_(log_z_C1.square())
+        grad_CV *= 1 + 2 * options.z_loss * log_z_C1
+    grad_CV.scatter_add_(1, place_C1, is_own_C1 * grad_CV.new_tensor(options.label_smoothing - 1))
+    if SMOOTHING_LOSS in chunk:
+        chunk[SMOOTHING_LOSS].copy_(log_sum_C1 - shifted_sum_C1[0] / shard.vocab_size)
+        grad_CV -= options.label_smoothing / shard.vocab_size
+    return grad_CV
+
+
 def _objective(terms: Mapping[str, Tensor], options: LossOptions) -> Tensor:
     sums = {name: values_N.sum(dtype=torch.float64) for name, values_N in terms.items()}
     if len(sums) == 1:
@@ -148,14 +200,18 @@ def linear_cross_entropy(
     *,
     grad_scale: float = 1.0,
     options: LossOptions = PLAIN,
+    shard: VocabularyShard | None = None,
 ) -> LossSums:
     """Loss of the next-token logits h W^T against labels; label -100 is not supervised and costs nothing.
 
     Only supervised rows reach the product with the vocabulary. `num_tokens`, the number of supervised labels, is known
     where the batch was made: given, no device has to be asked for it. A batch without any supervised token gives a
     sum of 0 that is still attached to the graph. `grad_scale` changes no result: gradients are held multiplied by it
-    until the backward pass, for a dtype whose range is short (fp16).
+    until the backward pass, for a dtype whose range is short (fp16). With a `shard` the sums are those of all ids, on every
+    rank; the gradient by h is that of the rank's own, to be summed over the ranks.
     """
+    if shard is not None:
+        weight_VD = shard.own_rows(weight_VD)
     flat_labels_N = labels_BT.flatten()
     is_supervised_N = flat_labels_N != IGNORE_INDEX
     if num_tokens is None:
@@ -164,7 +220,7 @@ def linear_cross_entropy(
         rows_N = is_supervised_N.nonzero_static(size=num_tokens).squeeze(1)
     h_ND = h_BTD.flatten(0, 1).index_select(0, rows_N)
     loss_sum, *terms = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N), grad_scale, options
+        h_ND, weight_VD, flat_labels_N.index_select(0, rows_N), grad_scale, options, shard
     )
     per_token = torch.zeros(flat_labels_N.shape, dtype=torch.float32, device=h_BTD.device)
     per_token.index_copy_(0, rows_N, terms[0])

@@ -66,6 +66,13 @@ def sums_now(model: nn.Module, is_last: bool) -> None:
         model.set_is_last_backward(is_last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def unsharded(model: nn.Module, config: ParallelConfig) -> Iterator[None]:
     """Inside, every rank holds the weights whole, and modules can be called in any order. Collective."""

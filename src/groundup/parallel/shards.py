@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from groundup.base.piece import Piece
@@ -49,7 +49,7 @@ def holding_of(parameter: Tensor, mesh: Mesh) -> Holding:
     if isinstance(parameter, DTensor):
         placed = parameter.device_mesh.mesh_dim_names or ()
         sharded = {
-            name for name, placement in zip(placed, parameter.placements, strict=True) if isinstance(placement, Shard)
+            name for name, placement in zip(placed, parameter.placements, strict=True) if not placement.is_replicate()
         }
         shape, begin = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements

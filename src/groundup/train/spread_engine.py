@@ -17,7 +17,7 @@ from groundup.model.loss import LossSums
 from groundup.optim.build import build_optimizers
 from groundup.parallel.config import Dim
 from groundup.parallel.mesh import Mesh, check_mesh
-from groundup.parallel.sharding import sums_now, unsharded
+from groundup.parallel.sharding import reshard, sums_now, unsharded
 from groundup.parallel.shards import (
     Holding,
     SpreadMatrices,
@@ -117,6 +117,7 @@ class SpreadEngine(TorchEngine):
 
     @torch.no_grad()
     def _put(self, weights: Mapping[str, Tensor]) -> None:
+        reshard(self.model)  # what a look without a backward pass left gathered has the values of before
         for name, master in self.masters.items():
             master.copy_(weights[name])
         self._refresh_copies()
