@@ -122,10 +122,13 @@ MAKERS: dict[AttentionMaker, Callable[..., Tensor]] = {
 }
 CUDA_MAKERS: tuple[AttentionMaker, ...] = ("varlen", "flex")
 """Makers that cannot train on a CPU."""
+RECTANGULAR_MAKERS: tuple[AttentionMaker, ...] = ("sdpa", "dense")
+"""Makers that compute for some queries of a row against the keys of all of it."""
 
 
 def walls_of(maker: AttentionMaker, segments: Segments, window: int | None, dtype: torch.dtype) -> Walls:
     """The walls in the form that a maker reads; only a bias has an element for every pair of tokens."""
+    assert segments.queries is None or maker in RECTANGULAR_MAKERS, f"{maker} needs as many queries as keys"
     if maker == "varlen":
         return segments.cu_seqlens()
     if maker == "flex":
