@@ -40,6 +40,11 @@ def test_two_parts_of_rows_equal_the_whole(on_two_ranks, changes, maker, kind):
     check_equal(on_two_ranks(WORK, "compare", {"context": 2}, changes, maker, kind), 24)
 
 
+@pytest.mark.costly
+def test_a_compiled_block_gathers_without_a_break(on_two_ranks):
+    check_equal(on_two_ranks(WORK, "compare", {"context": 2}, {}, "sdpa", "none", [], True), 24)
+
+
 @pytest.mark.parametrize(("degrees", "length"), [({"context": 4}, 12), ({"context": 2, "data_replicate": 2}, 24)])
 def test_four_ranks_equal_one(on_four_ranks, degrees, length):
     check_equal(on_four_ranks(WORK, "compare", degrees, MOE | BALANCE | {"sliding_window": 7}), length)

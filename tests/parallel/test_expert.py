@@ -30,6 +30,11 @@ def test_two_ranks_with_half_the_experts_equal_one(on_two_ranks, kind):
     assert sum(sum(answer["value"]["rows"]) for answer in answers) == ROWS * CHOSEN * LAYERS * (1 + (kind != "none"))
 
 
+@pytest.mark.costly
+def test_a_compiled_block_breaks_where_tokens_travel(on_two_ranks):
+    check_equal(on_two_ranks(WORK, "compare", {"expert": 2}, MOE, "sdpa", "none", [], True), 2)
+
+
 @pytest.mark.parametrize("crowded", [[0, 1], [2, 3], [0, 3]])
 def test_a_rank_that_gets_nothing_keeps_up(on_two_ranks, crowded):
     answers = on_two_ranks(WORK, "compare", {"expert": 2}, DOTS, "sdpa", "block", crowded)

@@ -68,7 +68,7 @@ def sums_and_gradients(model, begins, cut):
     return totals, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def compare(world, degrees, changes, maker="sdpa", kind="none", crowded=()):
+def compare(world, degrees, changes, maker="sdpa", kind="none", crowded=(), compiles=False):
     """The largest differences from one process, relative to the largest number of each tensor, and what was local."""
     world.mesh = mesh = Mesh(degrees, rank=world.rank)
     whole = make_model(changes, maker, list(crowded))
@@ -81,6 +81,9 @@ def compare(world, degrees, changes, maker="sdpa", kind="none", crowded=()):
         share_experts(model, mesh)
     recompute_blocks(model, kind)
     seen = _watch(model)
+    torch._dynamo.reset()
+    for block in model.model.layers if compiles else ():
+        block.compile(backend="eager", dynamic=False, fullgraph=not mesh.has("expert"))
     num_shares, begins = mesh.num_row_shares, range(0, ROWS, MICRO)
     own = begins[mesh.row_share * len(begins) // num_shares : (mesh.row_share + 1) * len(begins) // num_shares]
     totals, gradients = sums_and_gradients(

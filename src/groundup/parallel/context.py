@@ -19,6 +19,10 @@ from groundup.model.makers import RECTANGULAR_MAKERS
 from groundup.model.segments import Segments
 from groundup.parallel.mesh import Mesh
 
+# torch 2.13 has new names for them and warns of the old ones
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class LocalPart(NamedTuple):
     """A rank's part of some rows."""
@@ -89,7 +93,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup, degree: int) -> Tensor:
         ctx.group, ctx.degree = group, degree
         parts = part.new_empty(degree * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+        _all_gather(parts, part.contiguous(), group=group)
         front, back = parts.view(degree, *part.shape).chunk(2, dim=-2)
         return torch.cat((*front, *back.flip(0)), dim=-2)
 
@@ -98,5 +102,5 @@ class _GatherRows(torch.autograd.Function):
         parts = grad.float().chunk(2 * ctx.degree, dim=-2)
         by_rank = torch.stack([torch.cat((parts[r], parts[-1 - r]), dim=-2) for r in range(ctx.degree)])
         own = torch.empty_like(by_rank[0])
-        dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1), group=ctx.group)
+        _reduce_scatter(own, by_rank.flatten(0, 1), group=ctx.group)
         return own.to(grad.dtype), None, None
