@@ -32,6 +32,7 @@ def check_equal(answers, length):
     [
         ({}, "sdpa", "none"),
         (LAYERS | DYNAMIC, "dense", "block"),
+        (LAYERS, "chunked", "selective"),
         (MOE | BALANCE, "sdpa", "selective"),
         (MOE | BALANCE | {"router_aux_loss_scope": "batch"}, "sdpa", "none"),
     ],
@@ -55,7 +56,7 @@ def test_whole_rows_are_still_computed_by_each_rank(on_two_ranks):
         assert answer["value"] == 0
 
 
-@pytest.mark.parametrize("maker", ["chunked", "varlen", "flex"])
+@pytest.mark.parametrize("maker", ["varlen", "flex"])
 def test_a_maker_that_needs_all_queries_is_refused(on_two_ranks, maker):
     for answer in on_two_ranks(WORK, "refuse", maker):
         assert answer["error"].startswith(f"E-CONFIG-ATTENTION: attention: {maker} needs as many queries as keys")

@@ -82,7 +82,7 @@ def _check_maker(maker: str) -> None:
             "E-CONFIG-ATTENTION",
             what=f"attention: {maker} needs as many queries as keys, and context ranks have fewer",
             where="parallel.context",
-            next="set attention: sdpa (auto takes it where context is more than 1), or parallel.context: 1",
+            next="set attention: sdpa, or parallel.context: 1",
         )
 
 
