@@ -1,6 +1,7 @@
 """Every way to compute attention gives the same, forward and backward, inside the walls and the window of a row."""
 
 import random
+from dataclasses import replace
 
 import flex_stand_in
 import pytest
@@ -8,7 +9,7 @@ import torch
 from flash_stand_in import varlen_attn
 
 from groundup.model import makers
-from groundup.model.makers import CUDA_MAKERS, MAKERS, block_mask, chunked, dense, walls_of
+from groundup.model.makers import CUDA_MAKERS, MAKERS, RECTANGULAR_MAKERS, block_mask, chunked, dense, walls_of
 from groundup.model.segments import Segments
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -69,6 +70,31 @@ def test_makers_agree_with_the_definition(monkeypatch, length, window):
             monkeypatch.setattr(makers, "CHUNK", chunk)
             found = value_and_gradients(lambda inputs, maker=maker: compute(maker, inputs, segments, window), inputs)
             assert_all_equal(found, expected, f"{maker}, {chunk=}")
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("maker", RECTANGULAR_MAKERS)
+def test_some_queries_of_a_row_see_what_they_see_among_all(monkeypatch, maker, window):
+    """The stretches' results lie side by side in the whole's, and their gradients of keys and values add up to its."""
+    inputs, whole = random_inputs(24)
+    expected = value_and_gradients(lambda inputs: compute("dense", inputs, whole, window), inputs)
+    q_BHTK, k_BGTK, v_BGTK = (tensor.clone().requires_grad_() for tensor in inputs)
+    weights_BHTK = torch.randn(q_BHTK.shape, generator=torch.Generator().manual_seed(9))
+    monkeypatch.setattr(makers, "CHUNK", 5)
+    total = torch.zeros(())
+    for stretches in (((0, 6), (18, 24)), ((6, 18),)):
+        segments = replace(whole, queries=stretches)
+        index_T = segments.query_T
+        out_BHTK = compute(maker, [q_BHTK.index_select(2, index_T), k_BGTK, v_BGTK], segments, window)
+        assert_all_equal([out_BHTK], [expected[0].index_select(2, index_T)], maker)
+        total = total + (out_BHTK * weights_BHTK.index_select(2, index_T)).sum()
+    assert_all_equal(torch.autograd.grad(total, [q_BHTK, k_BGTK, v_BGTK]), expected[1:], maker)
+
+
+@pytest.mark.parametrize("maker", CUDA_MAKERS)
+def test_other_makers_do_not_compute_some_queries(maker):
+    with pytest.raises(AssertionError, match="as many queries as keys"):
+        walls_of(maker, replace(Segments.whole_rows(1, 8), queries=((0, 4),)), None, torch.float32)
 
 
 @pytest.mark.parametrize("seed", range(30))

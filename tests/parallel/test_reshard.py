@@ -59,7 +59,7 @@ def test_eight_bits_go_on_as_they_were_cut_and_nowhere_else(train):
     options = {"optimizer": "adamw_8bit", "adamw_8bit_maker": "torchao"}
     whole = train(6, SHARDS, folder="alone", **options)
     train(4, SHARDS, **options)
-    with pytest.raises(CheckpointError, match="E-CKPT-RESHARD.*8 bits cannot be cut anew"):
+    with pytest.raises(CheckpointError, match=r"E-CKPT-RESHARD.*8 bits cannot be cut anew"):
         train(6, ONE, **options)
     assert train(6, SHARDS, **options) == whole
 
@@ -69,7 +69,11 @@ def test_every_rank_writes_its_own_and_a_lost_piece_is_seen(train):
     (attempt,) = (train.folder / "checkpoints").glob("step-000002/attempt-*")
     files = {path.name: path.stat().st_size for path in attempt.glob("*.safetensors")}
     assert set(files) == {f"{group}-0000{rank}.safetensors" for group in ("model", "optimizer") for rank in (0, 1)}
-    assert 0.4 < files["model-00000.safetensors"] / (files["model-00000.safetensors"] + files["model-00001.safetensors"]) < 0.6
+    assert (
+        0.4
+        < files["model-00000.safetensors"] / (files["model-00000.safetensors"] + files["model-00001.safetensors"])
+        < 0.6
+    )
     (attempt / "model-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="E-CKPT-NONE-LOADABLE"):
         train(4, ONE)

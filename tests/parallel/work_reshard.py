@@ -12,7 +12,6 @@ from groundup.parallel.config import ParallelConfig
 from groundup.proof.tiny_job import SPLITS, VOCAB_SIZE, tiny_job, tiny_rows
 from groundup.train.run import TrainingRun
 
-
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 64,

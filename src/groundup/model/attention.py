@@ -1,5 +1,7 @@
 """Causal attention with grouped queries, computed by the maker it is told to use."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from groundup.model.cache import LayerCache
@@ -18,6 +20,8 @@ class Attention(nn.Module):
         """Tokens that one sees at most, itself included; None: all before it."""
         self.head_dim = config.head_size
         self.maker: AttentionMaker = "sdpa"
+        self.gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        """Makes the keys and values (B, G, T, K) of whole rows from those of the queries; None: they are whole."""
         has_bias = config.model_type == "qwen2" or config.attention_bias
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=has_bias)
@@ -41,6 +45,8 @@ class Attention(nn.Module):
         q_BHTK = rotate(q_BTHK, cos_BTK, sin_BTK).transpose(1, 2)
         k_BGTK = rotate(k_BTGK, cos_BTK, sin_BTK).transpose(1, 2)
         if cache is None:
+            if self.gather is not None and walls.shape[-1] != k_BGTK.shape[2]:
+                k_BGTK, v_BGTK = self.gather(k_BGTK, v_BGTK)
             out_BHTK = MAKERS[self.maker](q_BHTK, k_BGTK, v_BGTK, walls, self.window)
         else:
             k_BGSK, v_BGSK = cache.append(k_BGTK, v_BGTK)

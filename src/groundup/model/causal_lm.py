@@ -6,7 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from groundup.model.balance import LOAD_BALANCE, ROUTER_Z, counted_tokens, expert_load, load_balance, router_z
+from groundup.model.balance import (
+    LOAD_BALANCE,
+    ROUTER_Z,
+    RowSum,
+    counted_tokens,
+    expert_load,
+    load_balance,
+    router_z,
+    rows_are_whole,
+)
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
@@ -85,6 +94,8 @@ class CausalLM(nn.Module):
         self.loss_options = PLAIN
         self.vocabulary_shard: VocabularyShard | None = None
         """The head's ids that this rank holds; None: all of them."""
+        self.sum_over_rows: RowSum | None = None
+        """Adds up counts of a part of each row, where a forward pass is given no more."""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -118,13 +129,16 @@ class CausalLM(nn.Module):
 
     def _with_balance(self, sums: LossSums, routings: list[Routing], labels_BT: Tensor, segments: Segments) -> LossSums:
         config = self.config
-        counted_BT, weight_B = counted_tokens(labels_BT, segments), (labels_BT != IGNORE_INDEX).float().sum(1)
+        add_up = rows_are_whole if segments.queries is None else self.sum_over_rows
+        assert add_up is not None, "a part of the rows without the others"
+        counted_BT = counted_tokens(labels_BT, segments, add_up)
+        weight_B = add_up((labels_BT != IGNORE_INDEX).float().sum(1))
         loss_sum, extras = sums.loss_sum, dict(sums.extras)
         if config.router_aux_loss_coef:
-            extras[LOAD_BALANCE] = load_balance(routings, counted_BT, weight_B, config)
+            extras[LOAD_BALANCE] = load_balance(routings, counted_BT, weight_B, config, add_up)
             loss_sum = loss_sum + config.router_aux_loss_coef * extras[LOAD_BALANCE]
         if config.router_z_loss_coef:
-            extras[ROUTER_Z] = router_z(routings, counted_BT, weight_B)
+            extras[ROUTER_Z] = router_z(routings, counted_BT, weight_B, add_up)
             loss_sum = loss_sum + config.router_z_loss_coef * extras[ROUTER_Z]
         extras = {name: value.detach() for name, value in extras.items()}
         return replace(sums, loss_sum=loss_sum, extras=extras, expert_load_LE=expert_load(routings, counted_BT))

@@ -47,21 +47,23 @@ def chunked(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias_B1TS: Tensor, w
     `dense`, and less where the window is shorter than the row.
 
     Heads that share keys (R of them) are rows of one product, so keys and values are never repeated. Compiled, in bf16 on
-    a CPU, this beats SDPA. Needs as many keys as queries (training, not decoding with a cache).
+    a CPU, this beats SDPA. With more keys than queries every chunk meets all of them.
     """
-    (rows, heads, length, size), groups = q_BHTK.shape, k_BGSK.shape[1]
+    (rows, heads, length, size), groups, num_keys = q_BHTK.shape, *k_BGSK.shape[1:3]
     scale = size**-0.5
     q_BGRTK = q_BHTK.view(rows, groups, heads // groups, length, size)
     weighted_mean = _weighted_mean_late if torch.compiler.is_compiling() else _weighted_mean
     parts = []
     for begin in range(0, length, CHUNK):
         end = min(begin + CHUNK, length)
-        first = 0 if window is None else max(0, begin - (window - 1))
+        first, last = 0, num_keys
+        if num_keys == length:
+            first, last = 0 if window is None else max(0, begin - (window - 1)), end
         q_BGMK = q_BGRTK[:, :, :, begin:end].flatten(2, 3)
-        products_BGMS = q_BGMK @ k_BGSK[:, :, first:end].transpose(-1, -2)
-        bias_B11CS = bias_B1TS[:, :, None, begin:end, first:end].float()
-        products_BGRCS = products_BGMS.float().view(rows, groups, heads // groups, end - begin, end - first)
-        out_BGMK = weighted_mean(products_BGRCS * scale + bias_B11CS, v_BGSK[:, :, first:end])
+        products_BGMS = q_BGMK @ k_BGSK[:, :, first:last].transpose(-1, -2)
+        bias_B11CS = bias_B1TS[:, :, None, begin:end, first:last].float()
+        products_BGRCS = products_BGMS.float().view(rows, groups, heads // groups, end - begin, last - first)
+        out_BGMK = weighted_mean(products_BGRCS * scale + bias_B11CS, v_BGSK[:, :, first:last])
         parts.append(out_BGMK.view(rows, heads, end - begin, size))
     return torch.cat(parts, dim=2)
 
@@ -122,10 +124,13 @@ MAKERS: dict[AttentionMaker, Callable[..., Tensor]] = {
 }
 CUDA_MAKERS: tuple[AttentionMaker, ...] = ("varlen", "flex")
 """Makers that cannot train on a CPU."""
+RECTANGULAR_MAKERS: tuple[AttentionMaker, ...] = ("sdpa", "chunked", "dense")
+"""Makers that compute for some queries of a row against the keys of all of it."""
 
 
 def walls_of(maker: AttentionMaker, segments: Segments, window: int | None, dtype: torch.dtype) -> Walls:
     """The walls in the form that a maker reads; only a bias has an element for every pair of tokens."""
+    assert segments.queries is None or maker in RECTANGULAR_MAKERS, f"{maker} needs as many queries as keys"
     if maker == "varlen":
         return segments.cu_seqlens()
     if maker == "flex":

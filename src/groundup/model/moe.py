@@ -85,18 +85,28 @@ class _ToExperts(torch.autograd.Function):
         return grad_MD.index_select(0, place_M).view(ctx.num_rows, -1, grad_MD.shape[1]).sum(1), None, None
 
 
-class _FromExperts(torch.autograd.Function):
-    """Rows back from the places of their experts."""
+class _Reordered(torch.autograd.Function):
+    """Rows in another order. Forward and backward are gathers."""
 
     @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
-        ctx.save_for_backward(order_M)
-        return y_MD.index_select(0, place_M)
+    def forward(ctx: Any, x_MD: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
+        ctx.save_for_backward(place_M)
+        return x_MD.index_select(0, order_M)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
-        (order_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, order_M), None, None
+        (place_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, place_M), None, None
+
+
+def inverse(order_M: Tensor) -> Tensor:
+    """Where each row went, of an order of rows."""
+    return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+
+
+def reordered(x_MD: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
+    """Row `order_M[m]` of x at place m; `place_M` is the inverse of the order."""
+    return _Reordered.apply(x_MD, order_M, place_M)  # type: ignore[no-untyped-call]
 
 
 class Experts(nn.Module):
@@ -109,17 +119,25 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(size))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
         self.maker: ExpertMaker = "auto"
+        self.exchange: Callable[[Experts, Tensor, Tensor], Tensor] | None = None
+        """Computes `forward` where experts lie elsewhere, with `compute` of those that are here; None: all are here."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, 0.0, config.initializer_range)
 
     def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         """`x_MD` is sorted by expert; `ends_E` (int32) says where the rows of each end."""
-        is_grouped = can_group(x_MD, self.gate_up_proj) and can_group(x_MD, self.down_proj)
+        if self.exchange is not None:
+            return self.exchange(self, x_MD, ends_E)
+        return self.compute(x_MD, ends_E, self.gate_up_proj, self.down_proj)
+
+    def compute(self, x_MD: Tensor, ends_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+        """The MLPs with these matrices, which may be those of some experts."""
+        is_grouped = can_group(x_MD, gate_up_EFD) and can_group(x_MD, down_EDF)
         if self.maker != "auto":
             is_grouped = self.maker == "grouped"
         product = grouped_product if is_grouped else looped_product
-        gate_MF, up_MF = product(x_MD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        return product(F.silu(gate_MF) * up_MF, self.down_proj, ends_E)
+        gate_MF, up_MF = product(x_MD, gate_up_EFD, ends_E).chunk(2, dim=-1)
+        return product(F.silu(gate_MF) * up_MF, down_EDF, ends_E)
 
 
 class SparseMLP(nn.Module):
@@ -138,11 +156,11 @@ class SparseMLP(nn.Module):
         x_ND, chosen_M = x_BTD.flatten(0, 1), routing.chosen_BTA.flatten()
         # stable: the tokens of an expert stay in their order
         sorted_M, order_M = chosen_M.sort(stable=True)
-        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+        place_M = inverse(order_M)
         experts_E = torch.arange(len(self.gate.weight), device=order_M.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
         y_MD = self.experts(_ToExperts.apply(x_ND, order_M, place_M), ends_E)  # type: ignore[no-untyped-call]
-        y_MD = _FromExperts.apply(y_MD, order_M, place_M)  # type: ignore[no-untyped-call]
+        y_MD = reordered(y_MD, place_M, order_M)
         y_BTAD = y_MD.view(*routing.chosen_BTA.shape, -1)
         y_BTD = (y_BTAD * weights_BTA.unsqueeze(-1).to(y_BTAD.dtype)).sum(-2)
         if self.has_shared:

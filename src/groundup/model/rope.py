@@ -69,9 +69,7 @@ def _original_length(config: ModelConfig) -> int:
 def _document_lengths(positions_BT: Tensor, segments: Segments | None) -> Tensor:
     if segments is None:
         return (positions_BT.amax(dim=1, keepdim=True) + 1).expand_as(positions_BT)
-    starts_BT = segments.starts_BT
-    longest_BT = torch.zeros_like(starts_BT).scatter_reduce(1, starts_BT, positions_BT + 1, "amax")
-    return longest_BT.gather(1, starts_BT)
+    return segments.lengths_BT
 
 
 def _dynamic_frequencies(lengths_BT: Tensor, config: ModelConfig) -> Tensor:

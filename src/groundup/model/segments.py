@@ -1,7 +1,7 @@
 """Which tokens of a row belong together: the one definition that every attention maker reads."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Segments:
     starts_BT: Tensor
     max_documents: int | None = None
     """What the rows hold at most, all together; None where it was not counted: as many as there are tokens."""
+    queries: tuple[tuple[int, int], ...] | None = None
+    """Begin and end, in every row, of the stretches of tokens that are queries; None: all are. Keys are the whole row's."""
 
     @staticmethod
     def whole_rows(num_rows: int, row_length: int, device: torch.device | str = "cpu") -> "Segments":
@@ -43,12 +45,25 @@ class Segments:
             while max_documents < int(self.is_first_BT.sum()):
                 max_documents *= 4  # few sizes: what is compiled for one is seldom compiled again
             max_documents = min(max_documents, rows * length)
-        return Segments(starts_BT, max_documents)
+        return replace(self, starts_BT=starts_BT, max_documents=max_documents)
 
     @property
     def index_T(self) -> Tensor:
         """0, 1, … over the tokens of a row."""
         return torch.arange(self.starts_BT.shape[1], device=self.starts_BT.device)
+
+    @property
+    def query_T(self) -> Tensor:
+        """Index in the row of each query."""
+        if self.queries is None:
+            return self.index_T
+        return torch.cat([torch.arange(*stretch, device=self.starts_BT.device) for stretch in self.queries])
+
+    def of_queries(self, x_BT: Tensor) -> Tensor:
+        """The columns of the row that belong to queries."""
+        if self.queries is None:
+            return x_BT
+        return torch.cat([x_BT[:, begin:end] for begin, end in self.queries], dim=1)
 
     @property
     def is_first_BT(self) -> Tensor:
@@ -57,19 +72,27 @@ class Segments:
 
     @property
     def position_ids_BT(self) -> Tensor:
-        """Position of each token in its document, from 0."""
-        return self.index_T - self.starts_BT
+        """Position of each query in its document, from 0."""
+        return self.query_T - self.of_queries(self.starts_BT)
+
+    @property
+    def lengths_BT(self) -> Tensor:
+        """Tokens of each query's document in the row."""
+        num_read_BT = self.index_T - self.starts_BT + 1
+        longest_BT = torch.zeros_like(self.starts_BT).scatter_reduce(1, self.starts_BT, num_read_BT, "amax")
+        return longest_BT.gather(1, self.of_queries(self.starts_BT))
 
     def first_seen_BT(self, window: int | None = None) -> Tensor:
         """Index in the row of the first key that each query sees; the last one is the query itself."""
+        starts_BT = self.of_queries(self.starts_BT)
         if window is None:
-            return self.starts_BT
-        return torch.maximum(self.starts_BT, self.index_T - (window - 1))
+            return starts_BT
+        return torch.maximum(starts_BT, self.query_T - (window - 1))
 
     def mask_BTT(self, window: int | None = None) -> Tensor:
         """True where the query (dim 1) may attend to the key (dim 2)."""
         index_T = self.index_T
-        return (index_T >= self.first_seen_BT(window)[:, :, None]) & (index_T <= index_T[:, None])
+        return (index_T >= self.first_seen_BT(window)[:, :, None]) & (index_T <= self.query_T[:, None])
 
     def bias_B1TT(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """The mask as an addend for scores: 0 where attention is allowed, -inf elsewhere."""

@@ -19,6 +19,7 @@ from groundup.optim.schedules import lr_multiplier
 from groundup.parallel.checks import find_straggler, refuse_divergence
 from groundup.train.changes import changes_since, environment_of
 from groundup.train.engine import StepAbandoned
+from groundup.train.engines import engine_of, refuse_split
 from groundup.train.figures import final_figures, progress_line, scaling_figures, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
@@ -29,8 +30,7 @@ from groundup.train.out_of_memory import does_not_fit, is_out_of_memory, layout_
 from groundup.train.prepare import prepare
 from groundup.train.records import JsonLines, NoLines
 from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink_for_good, write_resolved
-from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints, saved_tensors
-from groundup.train.spread_engine import SpreadEngine, engine_of, refuse_split
+from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints, owned_parts, saved_tensors
 from groundup.train.spread_saving import SpreadStore
 from groundup.train.state import TrainingState
 from groundup.train.validation import weighted_loss
@@ -84,7 +84,7 @@ class TrainingRun:
             self.store.preflight(num_bytes, self._most_checkpoints())
         self.looks = Looks(job, self.config, self.engine, self._record_sample)
         self.meter = Meter(self.config, job.model.config, self.resolved)
-        self.metrics = self._records("metrics.jsonl", keep_bytes=self.state.metrics_bytes)
+        self.metrics = self._records("metrics.jsonl", keep=self.state.metrics_bytes)
         self.timing = self._records("timing.jsonl")
         self.events = self._records("events.jsonl")
         self._saved_step = self.state.step if self.is_resumed else -1
@@ -122,8 +122,8 @@ class TrainingRun:
             )
         return Resolved(**self.world.broadcast(resolved and asdict(resolved)))
 
-    def _records(self, name: str, *, keep_bytes: int | None = None) -> JsonLines:
-        return JsonLines(self.job.folder / name, keep_bytes=keep_bytes) if self.world.is_first else NoLines()
+    def _records(self, name: str, *, keep: int | None = None) -> JsonLines:
+        return JsonLines(self.job.folder / name, keep_bytes=keep) if self.world.is_first else NoLines()
 
     def _note_world(self) -> None:
         before = self.state.num_ranks
@@ -463,8 +463,8 @@ class TrainingRun:
 
     def _save(self, *, wait: bool = False) -> None:
         """Rank 0 saves this step once, or all ranks together; without `wait` it is written while the next steps compute."""
-        if isinstance(self.engine, SpreadEngine):
-            self._save_together(self.engine, wait=wait)
+        if self.engine.meets_others:
+            self._save_together(wait=wait)
             return
         if not self.world.is_first:
             return
@@ -488,12 +488,14 @@ class TrainingRun:
                 self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
             self._saving_seconds += time.perf_counter() - began
 
-    def _save_together(self, engine: SpreadEngine, *, wait: bool) -> None:
+    def _save_together(self, *, wait: bool) -> None:
         began = time.perf_counter()
         if self._saved_step != self.state.step:
             self.state.metrics_bytes = self.metrics.num_bytes()
             metric, self._saved_step = self.state.look_loss, self.state.step
-            self.spread_store.save(self.state.step, engine.parts(), asdict(self.state), metric=metric, wait=wait)
+            self.spread_store.save(
+                self.state.step, owned_parts(self.engine), asdict(self.state), metric=metric, wait=wait
+            )
             self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
         elif wait:
             self.spread_store.finish()

@@ -11,7 +11,7 @@ from torch import Tensor
 from groundup.base.errors import CheckpointError
 from groundup.checkpoint.attempt import SUFFIX, Checkpoint
 from groundup.checkpoint.manifest import FileRecord
-from groundup.checkpoint.pieces import SavedGroup
+from groundup.checkpoint.pieces import Part, SavedGroup, parts_of
 from groundup.checkpoint.store import CheckpointStore
 from groundup.optim.state import state_bytes
 from groundup.parallel.world import World
@@ -81,6 +81,20 @@ def saved_tensors(found: Checkpoint, engine: TorchEngine) -> dict[str, dict[str,
     pieces = engine.pieces()
     refuse_other_names(groups["model"].names(), engine.weight_names())
     return {name: group.read(pieces) for name, group in groups.items() if group.is_there}
+
+
+def owned_parts(engine: TorchEngine) -> dict[str, dict[str, Part]]:
+    """All that this rank owns of what changes, by group."""
+    pieces = engine.pieces()
+
+    def is_own(entry: str) -> bool:
+        owner = entry if entry in pieces else entry.rpartition(":")[0]
+        return engine.owns(owner) if owner in engine.weights else engine.world.is_first
+
+    return {
+        group: {name: part for name, part in parts_of(tensors, pieces).items() if is_own(name)}
+        for group, tensors in engine.state_dict().items()
+    }
 
 
 def refuse_other_names(saved: Iterable[str], own: Iterable[str]) -> None:

@@ -3,20 +3,18 @@ of each product, row, layer or expert."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from groundup.adapters.config import AdapterConfig
 from groundup.base.piece import Piece
-from groundup.checkpoint.pieces import Part, parts_of
 from groundup.data.rows import RowBatch
 from groundup.model.causal_lm import CausalLM
-from groundup.model.config import ModelConfig
 from groundup.model.loss import LossSums
 from groundup.optim.build import build_optimizers
 from groundup.parallel.config import Dim
-from groundup.parallel.mesh import Mesh, check_mesh
+from groundup.parallel.context import local_part
 from groundup.parallel.sharding import reshard, sums_now, unsharded
 from groundup.parallel.shards import (
     Holding,
@@ -27,8 +25,6 @@ from groundup.parallel.shards import (
     norm_over_ranks,
     whole_on_first,
 )
-from groundup.parallel.world import World
-from groundup.train.config import TrainConfig
 from groundup.train.engine import TorchEngine
 
 
@@ -67,7 +63,8 @@ class SpreadEngine(TorchEngine):
         parts = self._parts(batch)
         for number, (begin, part) in enumerate(parts):
             sums_now(self.model, number == len(parts) - 1)
-            self._merge(totals, *self._accumulate(part, divisor, seed_of(begin)))
+            seed = seed_of(begin) + self.world.mesh.coordinates["context"]  # other tokens, other masks
+            self._merge(totals, *self._accumulate(part, divisor, seed))
         if not self._copies:
             for name, parameter in self._trained().items():
                 self.masters[name].grad = local_gradient(parameter)
@@ -79,7 +76,23 @@ class SpreadEngine(TorchEngine):
         begins = range(0, len(batch), rows)
         parts = [(begin, batch.slice(begin, begin + rows)) for begin in self._share(begins)]
         missing = -(-len(begins) // num_shares) - len(parts)
-        return parts + [(0, batch.slice(0, rows).without_labels())] * missing
+        parts += [(0, batch.slice(0, rows).without_labels())] * missing
+        if not self.world.mesh.has("context"):
+            return parts
+        return [(begin, self._own_tokens(part)) for begin, part in parts]
+
+    def _own_tokens(self, part: RowBatch) -> RowBatch:
+        tokens_BT, labels_BT, segments, counts = local_part(
+            part.tokens_BT, part.labels_BT, part.segments, self.world.mesh
+        )
+        return replace(
+            part,
+            tokens_BT=tokens_BT,
+            labels_BT=labels_BT,
+            segments=segments,
+            num_loss_tokens=sum(counts),
+            counts=counts,
+        )
 
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
         return local_gradient(parameter)
@@ -156,27 +169,3 @@ class SpreadEngine(TorchEngine):
 
     def pieces(self) -> dict[str, Piece]:
         return super().pieces() | {name: holding.piece for name, holding in self.holdings.items()}
-
-    def parts(self) -> dict[str, dict[str, Part]]:
-        """All that this rank owns of what changes, by group."""
-        pieces = self.pieces()
-        found = {group: parts_of(tensors, pieces) for group, tensors in self.state_dict().items()}
-        return {
-            group: {name: part for name, part in parts.items() if self._owns_entry(name)}
-            for group, parts in found.items()
-        }
-
-    def _owns_entry(self, name: str) -> bool:
-        owner = name if name in self.holdings else name.rpartition(":")[0]
-        return self.owns(owner) if owner else self.world.is_first
-
-
-def engine_of(world: World) -> type[TorchEngine]:
-    """The engine for the way the ranks are spread."""
-    return SpreadEngine if world.mesh.is_sharded else TorchEngine
-
-
-def refuse_split(mesh: Mesh, shape: ModelConfig, config: TrainConfig) -> None:
-    """Raise ConfigError for a model or rows that the mesh cannot divide."""
-    has_adapter = isinstance(config, AdapterConfig) and config.adapter != "none"
-    check_mesh(mesh.degrees, shape, row_length=config.row_length, has_adapter=has_adapter)

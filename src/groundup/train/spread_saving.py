@@ -21,15 +21,7 @@ class SpreadStore:
         self._store, self._world = store, world
         self._at_work: _Write | None = None
 
-    def save(
-        self,
-        step: int,
-        parts: Mapping[str, Mapping[str, Part]],
-        state: Mapping[str, Any],
-        *,
-        metric: float | None,
-        wait: bool,
-    ) -> None:
+    def save(self, state: Mapping[str, Any], parts: Mapping[str, Mapping[str, Part]], *, wait: bool) -> None:
         """Take a snapshot of what this rank owns; it is written in a thread, and counts once `poll` or `finish` commits it.
 
         Raises CheckpointError on every rank where one has values that are not finite, and with `wait` where a disk refuses.
@@ -42,7 +34,7 @@ class SpreadStore:
             for group, file in file_of.items()
         }
         texts = {"state": state, "layout": layout} if self._world.is_first else {}
-        writer = self._together(lambda: self._store.writer(step, tensors, texts, metric=metric))
+        writer = self._together(lambda: self._store.writer(state["step"], tensors, texts, metric=state["look_loss"]))
         folder = self._together(lambda: str(writer.make_folder()) if self._world.is_first else "", writer)
         self._at_work = _Write(writer, Path(self._world.broadcast(folder)))
         if wait:

@@ -16,7 +16,7 @@ from groundup.parallel.mesh import check_mesh
 from groundup.parallel.world import World
 from groundup.proof.numerics.subject import ROW_LENGTH, Subject
 from groundup.train.engine import TorchEngine
-from groundup.train.spread_engine import engine_of
+from groundup.train.engines import engine_of
 
 NUM_ROWS, MICRO_ROWS = 14, 2
 """Seven micro-batches: no number of ranks divides them."""
