@@ -492,10 +492,8 @@ class TrainingRun:
         began = time.perf_counter()
         if self._saved_step != self.state.step:
             self.state.metrics_bytes = self.metrics.num_bytes()
-            metric, self._saved_step = self.state.look_loss, self.state.step
-            self.spread_store.save(
-                self.state.step, owned_parts(self.engine), asdict(self.state), metric=metric, wait=wait
-            )
+            self._saved_step = self.state.step
+            self.spread_store.save(asdict(self.state), owned_parts(self.engine), wait=wait)
             self._event(self.state.step, "save", f"held up for {time.perf_counter() - began:.3f} s")
         elif wait:
             self.spread_store.finish()
