@@ -28,6 +28,8 @@ from groundup.corpus.sources import find_sources
 PIECE_BYTES = 4096
 CHANGED_FRACTION = 0.3
 """Share of words that a copy has changed."""
+GROWING = ("clean", "tokenize")
+"""Stages that take the whole text; the tokenizer is trained on a part of it."""
 
 
 def main() -> int:
@@ -37,6 +39,7 @@ def main() -> int:
     parser.add_argument("--megabytes", default="10,100", help="sizes of the text, such as 10,100,1000")
     parser.add_argument("--vocab", type=int, default=6400)
     wanted = parser.parse_args()
+    before: Figures | None = None
     for size in wanted.megabytes.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -56,7 +59,27 @@ def main() -> int:
         }
         add_row("Data", "python -m benchmarks.data", cells)
         print("\n".join(f"{name}: {value}" for name, value in cells.items()), flush=True)
+        now = {"megabytes": float(size), "documents": float(num_documents)} | {
+            f"{stage} {figure}": found[stage][figure] for stage in GROWING for figure in ("peak_mb", "cpu_seconds")
+        }
+        if before is not None:
+            cells = growth(before, now)
+            add_row("Growth of data", "python -m benchmarks.data --megabytes 100,1000", cells)
+            print("\n".join(f"{name}: {value}" for name, value in cells.items()), flush=True)
+        before = now
     return 0
+
+
+def growth(before: Figures, now: Figures) -> dict[str, str]:
+    """What each stage takes more at a larger size: bytes of memory a document more, and times the time a megabyte."""
+    num_more = now["documents"] - before["documents"]
+    cells = {"from, to": f"{before['megabytes']:.0f}, {now['megabytes']:.0f} MB; {num_more:,.0f} documents more"}
+    for stage in GROWING:
+        num_bytes = (now[f"{stage} peak_mb"] - before[f"{stage} peak_mb"]) * 2**20
+        seconds = [figures[f"{stage} cpu_seconds"] / figures["megabytes"] for figures in (before, now)]
+        cells[f"{stage}: bytes a document"] = f"**{num_bytes / num_more:,.0f}**"
+        cells[f"{stage}: time a MB"] = f"× {seconds[1] / seconds[0]:.2f}"
+    return cells
 
 
 def write_text(path: Path, source: str, num_bytes: int) -> int:
