@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ from groundup.corpus.sources import find_sources
 PIECE_BYTES = 4096
 CHANGED_FRACTION = 0.3
 """Share of words that a copy has changed."""
+POLL_SECONDS = 0.02
+GROWING = ("clean", "tokenize")
+"""Stages that take the whole text; the tokenizer is trained on a part of it."""
 
 
 def main() -> int:
@@ -37,6 +41,7 @@ def main() -> int:
     parser.add_argument("--megabytes", default="10,100", help="sizes of the text, such as 10,100,1000")
     parser.add_argument("--vocab", type=int, default=6400)
     wanted = parser.parse_args()
+    before: Figures | None = None
     for size in wanted.megabytes.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -56,7 +61,27 @@ def main() -> int:
         }
         add_row("Data", "python -m benchmarks.data", cells)
         print("\n".join(f"{name}: {value}" for name, value in cells.items()), flush=True)
+        now = {"megabytes": float(size), "documents": float(num_documents)} | {
+            f"{stage} {figure}": found[stage][figure] for stage in GROWING for figure in ("peak_mb", "cpu_seconds")
+        }
+        if before is not None:
+            cells = growth(before, now)
+            add_row("Growth of data", "python -m benchmarks.data --megabytes 100,1000", cells)
+            print("\n".join(f"{name}: {value}" for name, value in cells.items()), flush=True)
+        before = now
     return 0
+
+
+def growth(before: Figures, now: Figures) -> dict[str, str]:
+    """What each stage takes more at a larger size: bytes of memory a document more, and times the time a megabyte."""
+    num_more = now["documents"] - before["documents"]
+    cells = {"from, to": f"{before['megabytes']:.0f}, {now['megabytes']:.0f} MB; {num_more:,.0f} documents more"}
+    for stage in GROWING:
+        num_bytes = (now[f"{stage} peak_mb"] - before[f"{stage} peak_mb"]) * 2**20
+        seconds = [figures[f"{stage} cpu_seconds"] / figures["megabytes"] for figures in (before, now)]
+        cells[f"{stage}: bytes a document"] = f"**{num_bytes / num_more:,.0f}**"
+        cells[f"{stage}: time a MB"] = f"× {seconds[1] / seconds[0]:.2f}"
+    return cells
 
 
 def write_text(path: Path, source: str, num_bytes: int) -> int:
@@ -86,21 +111,32 @@ def _pieces(source: str) -> Iterator[str]:
 
 
 def measure(folder: Path, stage: str, vocab_size: int) -> Figures:
-    """Wall and processor seconds and the largest process of one command."""
+    """Wall and processor seconds of one command, its workers included, and the peak memory of its main process."""
     (folder / "text.yaml").write_text(
         f"corpus: {{source: text.jsonl}}\ntokenizer: {{vocab_size: {vocab_size}}}\n", encoding="utf-8"
     )
     command = [sys.executable, "-m", "groundup", stage, "text.yaml"]
     began = time.perf_counter()
     pid = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL).pid
+    peak_mb = 0.0
+    # not ru_maxrss, in which a started process inherits the size of the one that started it
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        peak_mb = max(peak_mb, high_water_mb(pid))
+        time.sleep(POLL_SECONDS)
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise RuntimeError(f"groundup {stage} ended with {os.waitstatus_to_exitcode(status)}")
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
+        "peak_mb": peak_mb,
     }
+
+
+def high_water_mb(pid: int) -> float:
+    """Largest resident size that a process had so far, in MB; 0 for one that has ended."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 if __name__ == "__main__":

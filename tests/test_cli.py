@@ -38,16 +38,30 @@ def cpu_seconds(*arguments: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def imported_by(*arguments: str, folder: Path | None = None) -> set[str]:
+    """Modules that a command imports."""
+    command = [sys.executable, "-X", "importtime", "-m", "groundup", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    return {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"]])
 def test_help_is_quick_and_imports_no_torch(arguments):
-    command = [sys.executable, "-X", "importtime", "-m", "groundup", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    imported = {
-        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
-    }
+    imported = imported_by(*arguments)
     assert "groundup.cli" in imported and not imported & {"torch", "numpy", "pydantic", "transformers", "yaml"}
     # the least of several: another process on the same core slows this one down, its processor time included
     assert any(cpu_seconds(*arguments) < MAX_HELP_SECONDS for _ in range(25))
+
+
+def test_the_stages_of_the_text_import_no_torch(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"part {n} has {n * n} words" for n in range(40)))
+    (tmp_path / "text.yaml").write_text(
+        "corpus: {source: text.txt, max_piece_bytes: 99}\ntokenizer: {vocab_size: 259}\n"
+    )
+    for command in ("clean", "tokenizer", "tokenize"):
+        imported = imported_by(command, "text.yaml", folder=tmp_path)
+        assert f"groundup.stages.{command.replace('tokenizer', 'train_tokenizer')}" in imported
+        assert not imported & {"torch", "transformers", "matplotlib"}, command
 
 
 def test_every_stage_s_help_names_its_settings(capsys):

@@ -3,19 +3,30 @@
 Each limit is what was measured, with room: a shared machine slows both sides of a pair alike, and the least time of several counts.
 """
 
+import argparse
+import ast
+import inspect
+import pydoc
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from benchmarks.material import same_fields
+from groundup.corpus.cleaning import clean_batch
+from groundup.corpus.config import CorpusConfig
+from groundup.corpus.rows import Row
 from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.model.loss import linear_cross_entropy
 from groundup.model.segments import Segments
+from groundup.tokenizer.bpe import TextTokenizer, save_tokenizer, train_bpe
+from groundup.tokenizer.config import TokenizerConfig
+from groundup.tokenizer.pieces import encode_by_library
 
 SHAPE = ModelConfig(
     vocab_size=1024,
@@ -109,3 +120,31 @@ def test_generation_beside_transformers(both):
 
     ours.eval(), theirs.eval()
     assert ratio(lambda: complete(ours, prompt_BT.tolist(), config, []), generate_theirs) < 0.95
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Sources of the standard library, in pieces of 4,000 characters."""
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, ast, inspect, pydoc)]
+    return [source[at : at + 4000] for source in sources for at in range(0, len(source), 4000)]
+
+
+@pytest.mark.costly
+def test_encoding_beside_the_library(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # all of its work in the thread whose time is taken
+    save_tokenizer(train_bpe(texts, TokenizerConfig(vocab_size=2000)), tmp_path, chat_template="x")
+    tokenizer = TextTokenizer(tmp_path)
+    assert ratio(lambda: tokenizer.encode_batch(texts), lambda: encode_by_library(tokenizer.plain, texts)) < 0.55
+
+
+@pytest.mark.costly
+def test_cleaning_beside_sets_of_tuples(texts):
+    rows = [Row(str(number), text, "s", "f", number) for number, text in enumerate(texts)]
+    config = CorpusConfig(source="none")
+
+    def sets_of_tuples():
+        for text in texts:
+            words = text.lower().split()
+            set(zip(*(words[begin:] for begin in range(5)), strict=False))
+
+    assert ratio(lambda: clean_batch(rows, config), sets_of_tuples) < 2.5

@@ -16,7 +16,7 @@ from groundup.base.machine import prepare_process
 prepare_process()
 
 from groundup.cli import main  # noqa: E402
-from groundup.stages import run  # noqa: E402, F401 (what the children need)
+from groundup.stages import training  # noqa: E402, F401 (what the children need)
 from groundup.train.run import TrainingRun  # noqa: E402
 
 

@@ -12,7 +12,7 @@ from groundup.stages import inspect, pretrain
 from groundup.stages.chat_data import load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.recipe import Recipe
-from groundup.stages.run import STAGES
+from groundup.stages.run import TEXT_STAGES
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import ChatEncoder
@@ -95,7 +95,7 @@ def test_the_rows_shown_are_those_that_pretraining_reads(tmp_path, tokenizer_fol
     (tmp_path / "text.txt").write_text("\n\n".join(f"part {n}: " + f"the dog {n * n} " * 9 for n in range(40)))
     work = Work(recipe, run, Log(quiet=True))
     for name in ("clean", "tokenizer", "tokenize"):
-        STAGES[name](work)
+        TEXT_STAGES[name](work)
     jobs = []
 
     def see(job):

@@ -35,13 +35,15 @@ class TokenWriter:
         self._offsets: list[int] = []
         self._files: list[Any] = []
 
-    def add(self, ids: Sequence[int], record: dict[str, Any]) -> None:
+    def add(self, ids: Sequence[int] | NDArray[np.uint32], record: dict[str, Any]) -> None:
         """Append one document, an end-of-text before and after it."""
         length = len(ids) + 2
         if not self._files or self._offsets[-1] + length > self.max_shard_tokens:
             self._open_next()
         tokens, records = self._files
-        tokens.write(np.array([self.end_of_text_id, *ids, self.end_of_text_id], dtype=self.dtype).tobytes())
+        document = np.full(length, self.end_of_text_id, dtype=self.dtype)
+        document[1:-1] = ids
+        tokens.write(document.data)
         records.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._offsets.append(self._offsets[-1] + length)
         self.num_documents += 1

@@ -25,7 +25,7 @@ from groundup.proof.moments import install
 
 Main = Callable[[list[str]], None]
 POLL_SECONDS = 0.001
-NEEDED = "groundup.stages.run"
+NEEDED = "groundup.stages.training"
 """What trials import anyway, the slow part of their start."""
 PEER_SECONDS = 30.0
 """For the other ranks to leave by themselves when one is gone."""

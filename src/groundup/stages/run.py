@@ -6,39 +6,32 @@ from contextlib import contextmanager
 from groundup.base.artifact import read_manifest
 from groundup.corpus.storage import explain_full_disk
 from groundup.stages.clean import clean
-from groundup.stages.config import FinetuneConfig
-from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
-from groundup.stages.finetune import finetune
-from groundup.stages.merge import merge
-from groundup.stages.pretrain import pretrain
 from groundup.stages.recipe import Recipe, write_recipe
-from groundup.stages.report import make_report
 from groundup.stages.tokenize import tokenize
 from groundup.stages.train_tokenizer import train_tokenizer
 from groundup.stages.work import Work
-from groundup.train.combinations import combination_of, refuse_clash
-from groundup.train.config import TrainConfig
-from groundup.train.resolve import device_of
 
 LEAST_ROOM_BYTES = 1 << 20
 """What is said to be missing where nobody knows better."""
 
-STAGES: dict[str, Callable[[Work], object]] = {
+TEXT_STAGES: dict[str, Callable[[Work], object]] = {
     "clean": lambda work: clean(work.needed(work.recipe.corpus, "corpus"), work.run, work.log, work.policy),
     "tokenizer": train_tokenizer,
     "tokenize": tokenize,
-    "pretrain": pretrain,
-    "eval pretrain": evaluate_pretrain,
-    "sft": lambda work: finetune(work, "sft"),
-    "eval sft": lambda work: evaluate_finetune(work, "sft"),
-    "lora": lambda work: finetune(work, "lora"),
-    "merge": merge,
-    "eval lora": lambda work: evaluate_finetune(work, "lora"),
-    "report": lambda work: make_report(work.run.path, work.log),
 }
+"""Stages that never import torch: that takes longer than cleaning 20 MB."""
 
 TRAINING = ("pretrain", "sft", "lora")
 """Stages that all ranks do together; the others are rank 0's."""
+
+
+def stage_called(name: str) -> Callable[[Work], object]:
+    """The function of a stage."""
+    if name in TEXT_STAGES:
+        return TEXT_STAGES[name]
+    from groundup.stages.training import STAGES
+
+    return STAGES[name]
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -65,23 +58,14 @@ def run_stages(work: Work, names: Iterable[str]) -> None:
     names = list(names)
     for name in names:
         if name in TRAINING and read_manifest(work.path(name)) is None:
-            _refuse_clash(work, name)
+            from groundup.stages.training import refuse_section
+
+            refuse_section(work, name)
     with work.world.connected(), _locked_by_first(work):
         for name in work.world.broadcast(names):
             if work.world.is_first or name in TRAINING:
-                STAGES[name](work)
+                stage_called(name)(work)
             work.world.barrier()
-
-
-def _refuse_clash(work: Work, stage: str) -> None:
-    """A table looks at a training section; of a model that comes from elsewhere it knows nothing."""
-    recipe = work.recipe
-    section: TrainConfig | None = getattr(recipe, stage)
-    if section is None:
-        return
-    shape = None if isinstance(section, FinetuneConfig) and section.init_from != "auto" else recipe.model
-    combination = combination_of(section, shape, device=device_of(section), mesh=work.world.mesh)
-    refuse_clash(combination, where=stage)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from groundup.base.artifact import SUMMARY, Manifest, StageKey, read_manifest, verify, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError, DataError
@@ -70,9 +73,10 @@ def tokenize(work: Work) -> dict[str, Any]:
     with explain_full_disk(attempt.folder, 1 << 20), work.log.progress() as line:
         for documents, encoded in map_in_order(encode, _batches(work.path("corpus")), num_workers, work.log):
             for document, ids in zip(documents, encoded, strict=True):
-                is_held_out = _unit_hash(document.text) < config.validation_fraction or document.id == spare
+                data = document.text.encode()
+                is_held_out = _unit_hash(data) < config.validation_fraction or document.id == spare
                 split = "validation" if is_held_out else "train"
-                size = len(document.text.encode())
+                size = len(data)
                 writers[split].add(ids, {"id": document.id, "source": document.source, **document.meta, "bytes": size})
                 counts[split].documents += 1
                 counts[split].bytes += size
@@ -151,7 +155,7 @@ def _tokenizer(folder: str) -> TextTokenizer:
     return TextTokenizer(Path(folder))
 
 
-def _encode(tokenizer_folder: str, documents: list[Document]) -> list[list[int]]:
+def _encode(tokenizer_folder: str, documents: list[Document]) -> list[NDArray[np.uint32]]:
     return _tokenizer(tokenizer_folder).encode_batch([document.text for document in documents])
 
 
@@ -168,8 +172,8 @@ def _batches(corpus: Path) -> Iterator[list[Document]]:
         yield batch
 
 
-def _unit_hash(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+def _unit_hash(data: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
 
 
 def _first_of_least_hash(corpus: Path, fraction: float) -> str | None:
@@ -177,7 +181,7 @@ def _first_of_least_hash(corpus: Path, fraction: float) -> str | None:
     least, least_id, num_documents = 1.0, None, 0
     for document in read_documents(corpus):
         num_documents += 1
-        value = _unit_hash(document.text)
+        value = _unit_hash(document.text.encode())
         if value < fraction:
             return None
         if value < least:

@@ -13,17 +13,13 @@ from groundup.base.errors import ConfigError, DataError
 from groundup.base.files import write_json
 from groundup.base.pickles import refuse_pickle
 from groundup.tokenizer.config import TokenizerConfig
+from groundup.tokenizer.pieces import LLAMA_PATTERN, QWEN2_PATTERN, PieceEncoder, cut_of, encode_by_library
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
 NUM_BYTES = 256
-
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -74,6 +70,7 @@ class TextTokenizer:
             self.tokenizer = Tokenizer.from_str(json.dumps(data))
             # a copy that knows no added tokens: what a user types is always ordinary bytes
             self.plain = Tokenizer.from_str(json.dumps(_without_added_tokens(data)))
+            cut = cut_of(data)
         except Exception as error:  # the tokenizers library raises bare Exception for a bad file
             refuse_pickle(path)
             raise DataError(
@@ -82,6 +79,7 @@ class TextTokenizer:
                 where=path,
                 next="train one with `groundup tokenizer`, or repair the file",
             ) from None
+        self._pieces = PieceEncoder(self.plain, cut) if cut else None
         self.folder = folder
         self.added_tokens = {entry["content"]: int(entry["id"]) for entry in data.get("added_tokens", [])}
         self.config = self._read_config(folder)
@@ -120,9 +118,9 @@ class TextTokenizer:
         """Ids of a text; the text of a control token is encoded as ordinary bytes."""
         return list(self.plain.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """As `encode`, for many texts."""
-        return [encoding.ids for encoding in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """As `encode`, for many texts, a megabyte at a time or so."""
+        return self._pieces.encode_batch(texts) if self._pieces else encode_by_library(self.plain, texts)
 
     def token_bytes(self) -> NDArray[np.int32]:
         """UTF-8 bytes each id stands for; 0 for added tokens and ids without a token."""
