@@ -29,15 +29,18 @@ SETS = {
     "tool_calls": "glaive_toolcall_en_demo.json",
     "gsm8k": "gsm8k_train.jsonl",
 }
-ROW_LENGTHS = {"tool_calls": 4096}
-"""Rows of chats that are long themselves; 1,024 where nothing stands here. Both leave at most 2 % of padding."""
+ROWS = {"tool_calls": (4096, 4096)}
+"""(row_length, batch_size_tokens) of chats that are long themselves; (1024, 2048) where nothing stands here. Both
+leave at most 2 % of padding."""
+TOKENS = 307_200
+"""What each run trains on: one to one and a half epochs, of gsm8k a quarter."""
 # the base has seen no chat: its rows of the tokens around a turn are as untrained as an adapter would leave them
 ADAPTER = {
     **{"lora_rank": 32, "lora_alpha": 32, "use_rslora": True, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 0.0},
     "train_tokens": ["<|im_start|>", "<|im_end|>"],
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"lr": 1e-3, "muon_lr": 0.01},
+    "full": {"lr": 1e-3, "muon_lr": 5e-3},
     "lora": ADAPTER | {"adapter": "lora"},
     "qlora": ADAPTER | {"adapter": "qlora"},
 }
@@ -76,12 +79,16 @@ def base_recipe(out: Path, *, is_small: bool) -> dict[str, Any]:
 def tuning_recipe(out: Path, data: Path, chats: str, method: str, *, is_small: bool) -> tuple[str, dict[str, Any]]:
     """(stage, recipe) of one run."""
     stage = "sft" if method == "full" else "lora"
-    length = ROW_LENGTHS.get(chats, 1024)
+    length, batch = ROWS.get(chats, (1024, 2048))
     section = {
         **{"data": str(data / SETS[chats]), "init_from": str(out / "runs" / "base" / "pretrain" / "model")},
-        **{"duration": "20 steps" if is_small else "200 steps", "row_length": length, "batch_size_tokens": 4096},
+        **{
+            "duration": f"{TOKENS // 10 if is_small else TOKENS} tokens",
+            "row_length": length,
+            "batch_size_tokens": batch,
+        },
         **{"validation_fraction": HELD_OUT, "schedule": "cosine", "checkpoint_every": "50 steps"},
-        **{"overlong": "drop_turns", "chat_template": "built-in"},
+        **{"overlong": "drop_turns", "chat_template": "built-in", "compile": not is_small},
     }
     # longer than any answer of the data, so that one that ends where the data's do is not cut before
     evaluation = {"num_questions": 8 if is_small else 40, "max_answer_tokens": 1024, "prime_bytes": 0}
