@@ -130,16 +130,33 @@ def main() -> None:
     for chats in flags.sets:
         for method in flags.methods:
             stage, values = tuning_recipe(out, flags.data.resolve(), chats, method, is_small=flags.small)
-            recipe.write_text(yaml.safe_dump(values))
-            for command in (stage, *(["merge"] if stage == "lora" else []), "eval"):
-                run(command, recipe, out)
-            cells = table_cells(json.loads((out / "runs" / values["name"] / stage / "summary.json").read_text()))
+            cells = tuned(out, stage, values)
             print("  ".join([chats, method, *(f"{name} {value}" for name, value in cells.items())]), flush=True)
             if flags.page:
                 add_row("Four sets of chats", COMMAND, {"chats": chats, "method": method, **cells}, PAGE)
 
 
-def table_cells(figures: dict[str, Any]) -> dict[str, str]:
+def tuned(out: Path, stage: str, values: dict[str, Any]) -> dict[str, str]:
+    """One run's cells: trained, merged, asked with the likeliest tokens and with drawn ones; once for a recipe."""
+    done = out / f"{values['name']}.json"
+    if done.exists() and (before := json.loads(done.read_text()))["recipe"] == values:
+        return dict(before["cells"])
+    recipe = out / "recipe.yaml"
+    stop_rates = []
+    for temperature in (1.0, 0.0):
+        values["eval"]["answer_temperature"] = temperature
+        recipe.write_text(yaml.safe_dump(values))
+        for command in (stage, *(["merge"] if stage == "lora" else []), "eval"):
+            run(command, recipe, out)
+        figures = json.loads((out / "runs" / values["name"] / stage / "summary.json").read_text())
+        stop_rates.append(figures["stop_rate"])
+    cells = table_cells(figures, *stop_rates)
+    del values["eval"]["answer_temperature"]
+    done.write_text(json.dumps({"recipe": values, "cells": cells}))
+    return cells
+
+
+def table_cells(figures: dict[str, Any], drawn: float, likeliest: float) -> dict[str, str]:
     """One run's figures as a row's cells."""
     merged = f"{figures['merge_max_logit_difference']:.1e}" if "merge_max_logit_difference" in figures else "–"
     return {
@@ -147,8 +164,8 @@ def table_cells(figures: dict[str, Any]) -> dict[str, str]:
         "epochs": f"{figures['epochs']:.1f}",
         "held-out loss before": f"{figures['answer_loss_before']:.3f}",
         "after": f"{figures['answer_loss']:.3f}",
-        "stop rate": f"{figures['stop_rate']:.3f} of {figures['num_questions']}",
-        "characters, answer / reference": f"{figures['mean_answer_length']:.0f} / {figures['reference_answer_length']:.0f}",
+        "stop rate, drawn / likeliest": f"{drawn:.3f} / {likeliest:.3f} of {figures['num_questions']}",
+        "characters, likeliest / reference": f"{figures['mean_answer_length']:.0f} / {figures['reference_answer_length']:.0f}",
         "merged − adapter": merged,
         "padding": f"{100 * figures['padding_fraction']:.2f} %",
         "tokens/s": f"{figures['tokens_per_second']:,.0f}",
