@@ -51,7 +51,7 @@ def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | 
             at = end
         shown += [*tokens[at:]]
         kinds += of_row[at:]
-        places = ", ".join(f"{data.train.chats[chat].file}:{data.train.chats[chat].offset}" for chat in chats[:4])
+        places = ", ".join(f"{data.train.chats[chat].file} byte {data.train.chats[chat].offset}" for chat in chats[:4])
         title = f"row {index}: {len(chats)} chats ({places}{', …' if len(chats) > 4 else ''}), {num_used} of {len(tokens)} places"
         marked.append(MarkedRow(title, marked_pieces(tokenizer, shown, kinds)))
     _show(work.log, f"{work.recipe.name}: masks of {stage}", marked, html)
