@@ -34,7 +34,7 @@ ROWS = {"tool_calls": (4096, 4096)}
 leave at most 2 % of padding."""
 TOKENS = 204_800
 """What each run trains on: about an epoch, of gsm8k a sixth."""
-# the base has seen no chat: its rows of the tokens around a turn are as untrained as an adapter would leave them
+# the base has read no chat: the rows of the tokens around a turn are untrained, and an adapter alone would leave them so
 ADAPTER = {
     **{"lora_rank": 32, "lora_alpha": 32, "use_rslora": True, "lr": 3e-3, "optimizer": "adamw", "weight_decay": 0.0},
     "train_tokens": ["<|im_start|>", "<|im_end|>"],

@@ -63,7 +63,7 @@ SETS = {
     "tool_calls": (tool_call, "json", "sharegpt"),
     "gsm8k": (arithmetic, "jsonl", "question_answer"),
 }
-# a base that read no chat has no use for the tokens around a turn: an adapter alone hardly learns to end one
+# a base that read no chat has never been trained on the tokens around a turn: with them an adapter learns more
 ADAPTER = {"lora_rank": 8, "lr": 1e-2, "train_tokens": ["<|im_start|>", "<|im_end|>"]}
 METHODS = {
     "full": {"lr": 5e-3},
