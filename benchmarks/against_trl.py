@@ -1,9 +1,10 @@
 """Side by side with TRL's SFTTrainer + peft: the same model, chats, masks, batches and steps.
 
     pip install -e '.[bench]'
-    python benchmarks/against_trl.py --model runs/base/pretrain/model --chats chats.json --out /tmp/trl --steps 30 [--lora]
+    python -m benchmarks.against_trl --tokenizer runs/base/tokenizer --chats chats.json --out runs/trl [--lora] [--page]
 
-Each side trains in a process of its own. TRL is given, for every step, the chats of our step's rows, tokenised and
+The model is that of --model, or one of 27 million parameters (the shape of the comparisons with other projects: 8 layers
+of 512, 16 rows of 512 tokens a step) with random weights, made for the vocabulary of --tokenizer. Each side trains in a process of its own. TRL is given, for every step, the chats of our step's rows, tokenised and
 masked by our encoder; it pads them, we pack them with walls. Prints the losses of both, their largest relative
 difference, and real tokens a second (without loading, and without the first step).
 """
@@ -20,13 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import material
+from benchmarks.results import add_row
 from groundup.adapters.config import AdapterConfig
 from groundup.adapters.files import save_adapter
 from groundup.adapters.lora import MARK, inject_lora, target_modules
 from groundup.base.machine import num_cores, prepare_process
-from groundup.checkpoint.huggingface import load_model
+from groundup.checkpoint.huggingface import load_model, save_model
 from groundup.data.chat_rows import PackedChats
 from groundup.data.rows import read_batch
+from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import IGNORE_INDEX
 from groundup.stages.chat_data import load_chats
 from groundup.stages.config import FinetuneConfig
@@ -35,7 +39,11 @@ from groundup.tokenizer.chat import ChatEncoder, read_template
 from groundup.train.engine import TorchEngine
 from groundup.train.resolve import resolve
 
-BATCH_ROWS = 8
+BATCH_ROWS = 16
+PAGE = Path("docs/fine-tuning.md")
+COMMAND = (
+    "python -m benchmarks.against_trl --tokenizer runs/base/tokenizer --chats gsm8k_train.jsonl --out runs/trl --page"
+)
 
 
 def settings(flags: argparse.Namespace) -> FinetuneConfig:
@@ -54,6 +62,16 @@ def settings(flags: argparse.Namespace) -> FinetuneConfig:
         precision="fp32",
         adapter="lora" if flags.lora else "none",
     )
+
+
+def make_model(flags: argparse.Namespace) -> Path:
+    """A model directory of random weights."""
+    tokenizer = TextTokenizer(flags.tokenizer)
+    model = CausalLM(material.shape_of("30M", tokenizer.vocab_size))
+    model.initialize(torch.Generator().manual_seed(0))
+    folder: Path = flags.out / "model"
+    save_model(folder, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[tokenizer.end_of_turn_id])
+    return folder
 
 
 def packed(flags: argparse.Namespace) -> PackedChats:
@@ -174,25 +192,29 @@ def theirs(flags: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Both sides, one after the other, and how they differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--row-length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--trl-loss", default="nll", help="TRL's loss_type")
     parser.add_argument("--side", choices=["ours", "theirs"], help="run one side and print its figures")
+    parser.add_argument("--page", action="store_true", help="add the row to docs/fine-tuning.md")
     flags = parser.parse_args()
-    flags.model, flags.chats, flags.out = (path.resolve() for path in (flags.model, flags.chats, flags.out))
     prepare_process()
     torch.set_num_threads(num_cores())
     if flags.side is not None:
         print("\n" + json.dumps((ours if flags.side == "ours" else theirs)(flags)))
         return
+    if flags.model is None and flags.tokenizer is None:
+        sys.exit("give --model, or --tokenizer for a model of random weights")
+    model = flags.model or make_model(flags)
     figures = {}
     for side in ("ours", "theirs"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+        command = [sys.executable, "-m", "benchmarks.against_trl", *sys.argv[1:], "--model", str(model), "--side", side]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
         figures[side] = json.loads(ended.stdout.strip().splitlines()[-1])
         print(f"{side}  {figures[side]['tokens_per_second']:,.0f} tokens/s  losses "
@@ -200,7 +222,16 @@ def main() -> None:
     pairs = list(zip(figures["ours"]["losses"], figures["theirs"]["losses"], strict=True))
     largest = max(abs(one - other) / other for one, other in pairs)
     ratio = figures["ours"]["tokens_per_second"] / figures["theirs"]["tokens_per_second"]
-    print(f"largest relative difference of the losses {100 * largest:.3f} %  tokens/s ratio {ratio:.2f}")
+    cells = {
+        "method": "LoRA" if flags.lora else "full SFT",
+        "steps": str(flags.steps),
+        "largest difference of the losses": f"{100 * largest:.3f} %",
+        "tokens/s, ours / TRL": " / ".join(f"{figures[side]['tokens_per_second']:,.0f}" for side in ("ours", "theirs")),
+        "ratio": f"**{ratio:.2f}**",
+    }
+    print("  ".join(f"{name} {value}" for name, value in cells.items()))
+    if flags.page:
+        add_row("Beside TRL", COMMAND, cells, PAGE)
 
 
 if __name__ == "__main__":

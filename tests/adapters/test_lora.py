@@ -55,6 +55,14 @@ def test_only_the_adapter_learns(make_model):
     assert all((parameter.grad is not None) == (name in trained) for name, parameter in model.named_parameters())
 
 
+def test_dropout_is_there_in_training_and_nowhere_else(make_model):
+    model = adapted(make_model(), CONFIG.model_copy(update={"lora_dropout": 0.5}))
+    expected = adapted(make_model()).logits(TOKENS_BT)
+    assert torch.equal(model.logits(TOKENS_BT), expected)
+    model.train()
+    assert not torch.allclose(model.logits(TOKENS_BT), expected, atol=0.1)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_head_is_never_adapted(make_model, tied):
     model = make_model(tie_word_embeddings=tied)
@@ -144,6 +152,7 @@ def test_peft_loads_it_onto_the_model_of_transformers(tmp_path, make_model, toke
 
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path, make_model):
+    """L01."""
     save_adapter(tmp_path, CONFIG, adapter_of(adapted(make_model())), targets=BLOCK_LINEARS, base_hash="abc")
     with pytest.raises(CheckpointError, match="E-ADAPTER-BASE"):
         load_adapter(make_model(intermediate_size=64), tmp_path, CONFIG)

@@ -51,6 +51,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_unpacked_is_near_and_finite(name, maker):
+    """L03: scales of 0, outliers, odd sizes."""
     weight = WEIGHTS[name]
     unpacked = MAKERS[maker](linear_of(weight)).unpacked()
     assert unpacked.shape == weight.shape and unpacked.isfinite().all()

@@ -109,6 +109,7 @@ def test_tools_are_found_wherever_they_stand(row):
     ],
 )
 def test_wrong_types_are_set_aside(row):
+    """C08: tools and calls too."""
     with pytest.raises(RowFault) as fault:
         as_chat(row, "f", 0)
     assert fault.value.code == "W-FIELD-TYPE"
@@ -123,6 +124,7 @@ def test_columns_name_the_fields_of_an_unknown_form():
 
 
 def test_a_file_keeps_to_the_form_of_its_first_row(tmp_path):
+    """C08."""
     rows = [{"instruction": "q", "output": "r"}, {"messages": ASKED}, {"instruction": "q2", "output": "r2"}]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -147,6 +149,7 @@ def test_a_text_file_is_refused_in_words(tmp_path):
 
 
 def test_roles_are_joined_only_where_asked():
+    """C01: never by itself."""
     row = {"messages": [ASKED[0], {"role": "user", "content": "more"}, ASKED[1]]}
     with pytest.raises(RowFault, match="user,user"):
         as_chat(row, "f", 0)
@@ -207,6 +210,7 @@ def test_turns_told_apart_need_one_span_each(tokenizer):
 
 
 def test_the_rule_for_chats_too_long(tokenizer):
+    """C04."""
     chat = turns(("one", "first " * 20), ("two", "second"))
     length = len(ChatEncoder(tokenizer).encode(chat.messages).ids)
     short = length - 10
@@ -221,6 +225,26 @@ def test_the_rule_for_chats_too_long(tokenizer):
     assert only.left_out == {"too_long": 1}
     nothing = encoded(tokenizer, turns(("one " * 40, "first")), 20, overlong="cut_tail")
     assert nothing.left_out == {"no_supervised_tokens": 1}
+
+
+@pytest.mark.parametrize("overlong", ["drop_row", "drop_turns", "cut_tail"])
+def test_a_question_about_as_long_as_a_row_never_leaves_a_row_without_labels(tokenizer, overlong):
+    """C04: whatever the rule, such a chat is learned in part or left out with its reason."""
+    chat = turns(("one " * 30, "first"))
+    encoder = ChatEncoder(tokenizer)
+    question, whole = len(encoder.encode_prompt(chat.prompt)), len(encoder.encode(chat.messages).ids)
+    for room in range(question - 2, whole + 2):
+        chats = encoded(tokenizer, chat, room - 1, overlong=overlong)
+        assert len(chats) + sum(chats.left_out.values()) == 1, room
+        is_whole, has_answer = room >= whole, room > question
+        assert len(chats) == (is_whole or (overlong == "cut_tail" and has_answer)), room
+        if len(chats):
+            assert chats.mask(0)[1:].any()
+            assert chats.mask(0)[:question].sum() == 0
+        elif overlong == "cut_tail":
+            assert chats.left_out == {"no_supervised_tokens": 1}
+        else:
+            assert chats.left_out == {"too_long": 1}
 
 
 def test_the_system_turn_stays_when_turns_are_dropped(tokenizer):

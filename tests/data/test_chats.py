@@ -41,6 +41,7 @@ BAD_ORDER = [
 
 @pytest.mark.parametrize("text", BAD_ORDER)
 def test_roles_out_of_order_are_named(text):
+    """C01."""
     with pytest.raises(RowFault) as fault:
         as_chat({"messages": turns(text)}, "", 0)
     assert fault.value.code == "W-ROLE-ORDER", fault.value
@@ -48,6 +49,7 @@ def test_roles_out_of_order_are_named(text):
 
 @pytest.mark.parametrize("text", ["", "u:hello", "u:a|u:b", "s:x|u:y", "s:x"])
 def test_no_assistant_turn_is_no_target(text):
+    """C03."""
     with pytest.raises(RowFault) as fault:
         as_chat({"messages": turns(text)}, "", 0)
     assert fault.value.code == "W-NO-TARGET"
@@ -55,6 +57,7 @@ def test_no_assistant_turn_is_no_target(text):
 
 @pytest.mark.parametrize("content", ["", " ", "\n\t ", "\u3000"])
 def test_an_empty_last_answer_is_no_target(content):
+    """C02."""
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]}
     with pytest.raises(RowFault) as fault:
         as_chat(row, "", 0)
@@ -62,6 +65,7 @@ def test_an_empty_last_answer_is_no_target(content):
 
 
 def test_an_empty_answer_in_the_middle_is_kept_and_not_learned(tokenizer):
+    """C02."""
     chat = as_chat({"messages": turns("u:q|a: |u:more|a:r")}, "", 0)
     encoder = ChatEncoder(tokenizer)
     encoded = encoder.encode(chat.messages)

@@ -86,6 +86,7 @@ def test_number_of_labels_has_a_closed_form(tmp_path):
 
 
 def test_a_cut_document_goes_on_in_another_row(tmp_path):
+    """P06."""
     writer = TokenWriter(tmp_path, "train", vocab_size=VOCAB_SIZE, end_of_text_id=END_OF_TEXT, max_shard_tokens=1 << 20)
     writer.add(list(range(1, 161)), {})
     writer.close()

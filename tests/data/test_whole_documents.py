@@ -48,6 +48,7 @@ def parts_of(row):
 @pytest.mark.parametrize("row_length", [1, 5, 16, 64])
 @pytest.mark.costly
 def test_every_document_is_there_once_whole_or_split_by_the_rule(tmp_path, row_length):
+    """P06."""
     for seed in range(25):
         generator = random.Random(seed)
         store, documents = write_store(

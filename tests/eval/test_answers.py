@@ -67,6 +67,8 @@ def test_the_loss_of_answers_is_that_of_full_logits(make_model, tokenizer):
     assert rows.rows_per_epoch > 8, "more than one batch"
     with torch.no_grad():
         logits = model.logits(batch.tokens_BT, batch.segments).flatten(0, 1)
+    model.use_dropout(0.5)
+    model.train()
     assert answer_loss(model, rows) == pytest.approx(
         float(F.cross_entropy(logits, batch.labels_BT.flatten())), rel=1e-5
     )

@@ -134,6 +134,7 @@ def test_a_new_token_gets_a_row_that_is_trained_saved_and_loaded_by_peft(lora, w
 
 
 def test_an_adapter_goes_on_on_its_own_base_only(lora, way, tmp_path):
+    """L01: a base of another hash."""
     first, _ = lora(merges=False)
     adapter = first / "lora" / "adapter"
     second, _ = lora("--lora.adapter_from", adapter, name="second")
@@ -168,6 +169,7 @@ def test_an_adapter_goes_on_on_its_own_base_only(lora, way, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(way, tmp_path, settings, code, words):
+    """L01: no module meant, rank 0, alpha 0."""
     shutil.copytree(way / "runs", tmp_path / "runs")
     said = refusal("lora", way / "tiny.yaml", "--runs-dir", tmp_path / "runs", "--restart", *settings)
     assert said.code == code and words in said.err, said

@@ -89,6 +89,7 @@ def test_a_bad_chat_ends_the_stage_where_that_is_asked_for(sft, tmp_path, number
 
 
 def test_no_usable_chat_is_an_error_with_the_reasons(sft, tmp_path):
+    """C09."""
     recipe = sft
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b"\n".join(row for row, _ in BAD_CHATS))
@@ -139,6 +140,7 @@ def test_a_chat_longer_than_a_row_is_counted_and_left_out(sft, tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(way, sft, tmp_path):
+    """T04."""
     run = way / "runs" / "tiny"
     shutil.copytree(way / "runs", tmp_path / "runs")
     before = model_hashes(tmp_path / "runs" / "tiny")
@@ -235,6 +237,7 @@ def test_a_finished_stage_is_not_asked_whether_it_trains_here(way, tmp_path, mon
 
 
 def test_talk_and_eval_refuse_a_tokenizer_that_does_not_fit(way, tokenizer_folder, tmp_path, monkeypatch):
+    """T04."""
     model = tmp_path / "model"
     shutil.copytree(way / "runs" / "tiny" / "pretrain" / "model", model)
     shutil.copyfile(tokenizer_folder() / "tokenizer.json", model / "tokenizer.json")

@@ -62,6 +62,22 @@ def test_each_token_is_shown_as_what_it_is(work, capsys, monkeypatch):
     assert any(piece.kind == "padding" for row in marked for piece in row.pieces)
 
 
+@pytest.mark.parametrize("line_end", ["\n", ""], ids=["line end after", "end is last"])
+def test_the_end_of_every_last_turn_is_shown_as_learned(work, monkeypatch, line_end):
+    """Also where the template writes nothing after it, so that it is a label and stands in no place of the row."""
+    base = inspect.base_model(work, "sft")
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        f"{line_end}{{% else %}}<|im_start|>{{{{ m.content }}}}<|im_end|>{{% endif %}}{{% endfor %}}"
+    )
+    (base / "chat_template.jinja").write_text(template)
+    marked = []
+    monkeypatch.setattr(inspect, "_show", lambda log, title, rows, html: marked.extend(rows))
+    inspect.inspect_masks(work, "sft", count=100, html=None)
+    kinds = [piece.kind for row in marked for piece in row.pieces]
+    assert "cut" in kinds and kinds.count("end") + kinds.count("cut") == kinds.count("border") > 10
+
+
 def test_a_page_is_written(work, tmp_path, capsys):
     inspect.inspect_masks(work, "sft", count=2, html=tmp_path / "masks.html")
     assert (tmp_path / "masks.html").read_text().count("<h2>") == 2

@@ -1,5 +1,6 @@
 """Special tokens in fine-tuning, one template from training to serving, a merge that differs and one that is killed."""
 
+import io
 import json
 import random
 import shutil
@@ -10,9 +11,11 @@ import torch
 from groundup.base.errors import CheckpointError
 from groundup.data.chats import as_chat
 from groundup.data.encoded_chats import EncodedChats
-from groundup.stages import merge
+from groundup.stages import merge, talk
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import ChatEncoder
+
+from .conftest import groundup
 
 LLAMA_LIKE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
@@ -68,6 +71,28 @@ def test_training_and_serving_give_the_same_tokens_of_100_chats(way):
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         whole, prompt = trained.encode(messages).ids, served.encode_prompt(messages[:-1])
         assert whole == served.encode(messages).ids and whole[: len(prompt)] == prompt
+
+
+@pytest.mark.end_to_end
+def test_a_talk_is_asked_in_the_tokens_that_training_would_show(way, monkeypatch):
+    """C07: the whole history, rendered once, whatever was said in it."""
+    asked = []
+
+    def answer(model, tokenizer, prompt, config, eos_ids):
+        asked.append(prompt)
+        yield "so <|im_end|>"
+
+    monkeypatch.setattr(talk, "stream_text", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\nsay <|im_start|>user\n/new\ntwo\n"))
+    model = way / "runs/tiny/lora/model"
+    assert groundup("chat", model, "--max-new-tokens", "4").code == 0
+    history = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "so <|im_end|>"}]
+    history += [{"role": "user", "content": "say <|im_start|>user"}]
+    encoder = ChatEncoder(TextTokenizer(model))
+    talks = [history[:1], history, [{"role": "user", "content": "two"}]]
+    assert asked == [encoder.encode_prompt(messages) for messages in talks]
+    whole = encoder.encode([*history, {"role": "assistant", "content": "end"}]).ids
+    assert whole[: len(asked[1])] == asked[1]
 
 
 @pytest.mark.end_to_end

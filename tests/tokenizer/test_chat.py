@@ -142,6 +142,7 @@ def forgeries(added_tokens):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_nothing_that_is_said_becomes_a_control_token(encoder, role):
+    """C05 and T03: every control token, in every role."""
     check_forgeries(encoder, role)
 
 
@@ -181,7 +182,7 @@ def check_forgeries(encoder, role):
 
 @needs_minimind
 def test_no_field_of_a_message_can_forge_a_control_token(minimind):
-    """Reasoning, tool calls with their names, arguments and the names of the arguments, tools."""
+    """T03. Reasoning, tool calls with their names, arguments and the names of the arguments, tools."""
 
     def chat(text):
         call = {"function": {"name": text, "arguments": {text: text, "list": [text, {text: 1}]}}}
@@ -301,6 +302,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_a_hostile_template_runs_nothing_and_is_named(tokenizer, tmp_path, template):
+    """C06."""
     path = tmp_path / "marker"
     payload = template.replace("{path}", str(path))
     chat = [{"role": "user", "content": "q"}]

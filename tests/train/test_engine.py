@@ -271,6 +271,7 @@ def test_one_bad_gradient_element_stops_the_step(make_model, make_guard, poison,
 
 
 def test_a_batch_without_labels_is_skipped_and_counted(make_model, make_guard, capsys):
+    """P04: a whole step."""
     engine = make_engine(make_model())
     run_steps(engine, 0, 1)
     before = {part: {name: t.clone() for name, t in group.items()} for part, group in engine.state_dict().items()}

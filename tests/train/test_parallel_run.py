@@ -39,6 +39,7 @@ MASKED_ON_RANK_1 = [5, 2, 16, 1, 0, 0, 0, 0]
 @pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize("labels", [RAGGED, MASKED_ON_RANK_0, MASKED_ON_RANK_1])
 def test_gradients_do_not_depend_on_the_number_of_ranks(on_two_ranks, labels, has_dropout):
+    """P04: a micro-batch or a rank without labels too."""
     for rows in (1, 2, 3, 8):
         alone = work.gradients(World(), labels, rows, has_dropout)
         both = [answer["value"] for answer in on_two_ranks(WORK, "gradients", labels, rows, has_dropout)]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from groundup.adapters.config import AdapterConfig
+from groundup.adapters.lora import MARK, inject_lora
 from groundup.data.rows import read_batch
 from groundup.train.validation import validation_figures, weighted_loss
 
@@ -31,6 +33,24 @@ def test_figures_are_those_of_full_logits(make_model, make_rows, micro_batch_row
     wanted = float(losses[real].sum()) / math.log(2) / (3 * int(real.sum()))
     assert figures["bits_per_byte"] == pytest.approx(wanted, rel=1e-5)
     assert model.training
+
+
+def test_a_look_is_without_dropout_and_leaves_the_model_training(make_model, make_rows):
+    rows = make_rows()
+    sizes = {"max_rows": 2, "micro_batch_rows": 2, "device": "cpu", "token_bytes": None}
+    models = [make_model() for _ in range(2)]
+    for model, dropout in zip(models, (0.0, 0.5), strict=True):
+        inject_lora(model, AdapterConfig(adapter="lora", lora_dropout=dropout), seed=0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if MARK in name:
+                    parameter.fill_(0.1)
+        model.train()
+    batch = read_batch(rows, 0, 2)
+    trained = [float(model(batch.tokens_BT, batch.segments, batch.labels_BT).nll_sum) for model in models]
+    assert trained[0] != trained[1], "dropout is at work in training"
+    assert validation_figures(models[0], rows, **sizes) == validation_figures(models[1], rows, **sizes)
+    assert models[1].training
 
 
 def test_no_bytes_no_bits_and_no_labels_no_figures(make_model, make_rows):

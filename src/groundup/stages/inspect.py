@@ -36,15 +36,24 @@ def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | 
         chats = rows.documents_of(index)
         tokens, labels, starts = rows.row(index)
         num_used = sum(len(data.train.ids(chat)) - 1 for chat in chats)
-        kinds = _kinds(tokens, labels, starts, num_used, _ends(tokenizer))
+        of_row = _kinds(tokens, labels, starts, num_used, _ends(tokenizer))
+        shown: list[int] = []
+        kinds: list[Kind] = []
         at = 0
         for chat in chats:
-            at += len(data.train.ids(chat)) - 1
+            end = at + len(data.train.ids(chat)) - 1
+            # a label only, in no place of the row; some templates end a turn with it
+            last = int(data.train.ids(chat)[-1])
+            shown += [*tokens[at:end], last]
+            kinds += [*of_row[at:end], _kind(last, labels[end - 1] != IGNORE_INDEX, _ends(tokenizer))]
             if data.train.is_cut(chat):
-                kinds[at - 1] = "cut"
-        places = ", ".join(f"{data.train.chats[chat].file}:{data.train.chats[chat].offset}" for chat in chats[:4])
+                kinds[-1] = "cut"
+            at = end
+        shown += [*tokens[at:]]
+        kinds += of_row[at:]
+        places = ", ".join(f"{data.train.chats[chat].file} byte {data.train.chats[chat].offset}" for chat in chats[:4])
         title = f"row {index}: {len(chats)} chats ({places}{', …' if len(chats) > 4 else ''}), {num_used} of {len(tokens)} places"
-        marked.append(MarkedRow(title, marked_pieces(tokenizer, tokens, kinds)))
+        marked.append(MarkedRow(title, marked_pieces(tokenizer, shown, kinds)))
     _show(work.log, f"{work.recipe.name}: masks of {stage}", marked, html)
 
 
@@ -85,11 +94,15 @@ def _kinds(
             kinds.append("padding")
         elif starts[place] == place:
             kinds.append("border")
-        elif is_learned:
-            kinds.append("end" if int(token) in ends else "supervised")
         else:
-            kinds.append("ignored")
+            kinds.append(_kind(int(token), is_learned, ends))
     return kinds
+
+
+def _kind(token: int, is_learned: bool, ends: set[int]) -> Kind:
+    if not is_learned:
+        return "ignored"
+    return "end" if token in ends else "supervised"
 
 
 def _show(log: Log, title: str, rows: Sequence[MarkedRow], html: Path | None) -> None:
