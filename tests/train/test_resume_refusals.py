@@ -82,7 +82,7 @@ def test_exact_refuses_another_machine_and_a_run_that_is_marked(make_job):
         resumed._refuse_inexact()
     assert caught.value.exit_code == 2
     resumed.state.environment, resumed.state.num_ranks = {}, 2
-    with pytest.raises(ConfigError, match="ranks: 2 → 1"):
+    with pytest.raises(ConfigError, match="2 ranks → 1 rank"):
         resumed._refuse_inexact()
     changed = replace(make_job("run", **SAVED, z_loss=1e-4), is_exact=True)
     for _ in range(2):  # what was refused is refused again

@@ -86,8 +86,10 @@ class Mesh:
         return (self.group(dim) for dim in dims if self.has(dim))
 
     def describe(self) -> str:
-        """Degrees above 1, in words: `data_shard 2 × tensor 2`."""
-        return " × ".join(f"{dim} {degree}" for dim, degree in self.degrees.items() if degree > 1) or "one rank"
+        """How ranks share the model, in words: `data_shard 2 × tensor 2`; empty where each holds the whole."""
+        if not self.is_sharded:
+            return ""
+        return " × ".join(f"{dim} {degree}" for dim, degree in self.degrees.items() if degree > 1)
 
 
 def degrees_of(config: ParallelConfig, num_ranks: int) -> dict[Dim, int]:

@@ -81,7 +81,8 @@ class Work:
         Raises DistributedError for ranks that would run different things.
         """
         versions = {f"version of {name}": metadata.version(name) for name in ("groundup", "torch", "numpy")}
-        refuse_mismatch(self.world, key.flat() | versions)
+        spread = {f"parallel.{dim}": degree for dim, degree in self.world.mesh.degrees.items()}
+        refuse_mismatch(self.world, key.flat() | versions | spread)
         attempt = self.run.begin(key, self.policy, resumable=True) if self.world.is_first else None
         begun = self.world.broadcast(attempt and [str(attempt.folder), str(attempt.target), attempt.is_continued])
         return Attempt(key, Path(begun[0]), Path(begun[1]), begun[2]) if begun else None

@@ -81,3 +81,8 @@ def final_figures(
         **scaling_figures(state, loss_scale),
         **memory_figures(resolved.device),
     }
+
+
+def ranks_in_words(num_ranks: int, mesh: str) -> str:
+    """So many ranks, and how they share the model where they do."""
+    return f"{num_ranks} rank{'s' if num_ranks > 1 else ''}{f' ({mesh})' if mesh else ''}"

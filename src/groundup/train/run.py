@@ -16,11 +16,11 @@ from groundup.base.signals import StopRequest, stop_request
 from groundup.checkpoint.store import CheckpointStore
 from groundup.data.loader import prefetched_batches
 from groundup.optim.schedules import lr_multiplier
-from groundup.parallel.checks import find_straggler, refuse_divergence
+from groundup.parallel.checks import refuse_divergence
 from groundup.train.changes import changes_since, environment_of
 from groundup.train.engine import StepAbandoned
 from groundup.train.engines import engine_of, refuse_split
-from groundup.train.figures import final_figures, progress_line, scaling_figures, step_timing
+from groundup.train.figures import final_figures, progress_line, ranks_in_words, scaling_figures, step_timing
 from groundup.train.guard import Guard
 from groundup.train.job import TrainingJob, TrainingOutcome
 from groundup.train.looks import Looks
@@ -33,10 +33,8 @@ from groundup.train.resolve import Resolved, apply_threads, resolve_once, shrink
 from groundup.train.saving import checkpoint_bytes, find_checkpoint, most_checkpoints, owned_parts, saved_tensors
 from groundup.train.spread_saving import SpreadStore
 from groundup.train.state import TrainingState
+from groundup.train.stragglers import StragglerWatch
 from groundup.train.validation import weighted_loss
-
-STEPS_TO_COMPARE = 8
-"""Steps between two comparisons of how long the ranks compute."""
 
 
 class TrainingRun:
@@ -60,7 +58,7 @@ class TrainingRun:
             num_lanes=self.resolved.num_lanes,
             world=self.world,
         )
-        self.state = TrainingState(num_ranks=self.world.size)
+        self.state = TrainingState(num_ranks=self.world.size, mesh=self.world.mesh.describe())
         self._intervals = {
             name: self._steps_of(getattr(self.config, name))
             for name in ("validate_every", "sample_every", "log_every", "checkpoint_every", "keep_every")
@@ -88,8 +86,8 @@ class TrainingRun:
         self.timing = self._records("timing.jsonl")
         self.events = self._records("events.jsonl")
         self._saved_step = self.state.step if self.is_resumed else -1
-        self._saving_seconds = self._busy_seconds = 0.0
-        self._stragglers: set[int] = set()
+        self._saving_seconds = 0.0
+        self.stragglers = StragglerWatch(self.world, job.log, lambda step, words: self._event(step, "straggler", words))
         self._state_is_whole = threading.Lock()
         self._saving = threading.RLock()
 
@@ -126,15 +124,21 @@ class TrainingRun:
         return JsonLines(self.job.folder / name, keep_bytes=keep) if self.world.is_first else NoLines()
 
     def _note_world(self) -> None:
-        before = self.state.num_ranks
-        if before == self.world.size or self.state.step == self.resolved.total_steps:
+        spread = self._respread()
+        if not spread or self.state.step == self.resolved.total_steps:
             return
-        self.state.num_ranks, self.state.is_exact = self.world.size, False
-        detail = f"{before} → {self.world.size} ranks: the order of the data stays, the last bits do not"
+        self.state.num_ranks, self.state.mesh, self.state.is_exact = self.world.size, self.world.mesh.describe(), False
+        detail = f"{spread}: the order of the data stays, the last bits do not"
         self._event(self.state.step, "world", detail)
         self._saved_step = -1
         self._save(wait=True)
         self.job.log.say(f"  {detail}")
+
+    def _respread(self) -> str:
+        """How the ranks shared the model before and share it now; empty where that is the same."""
+        before = ranks_in_words(self.state.num_ranks, self.state.mesh)
+        now = ranks_in_words(self.world.size, self.world.mesh.describe())
+        return f"{before} → {now}" if before != now else ""
 
     def _steps_of(self, duration: str | None) -> int:
         """Interval in steps; 0 for never."""
@@ -225,8 +229,8 @@ class TrainingRun:
     def _refuse_inexact(self) -> None:
         """Raise ConfigError, before anything is written, where the run could not end in an unbroken one's bits."""
         reasons = self._changes()
-        if self.is_resumed and self.state.num_ranks != self.world.size:
-            reasons.append(f"ranks: {self.state.num_ranks} → {self.world.size}")
+        if self.is_resumed and (spread := self._respread()):
+            reasons.append(spread)
         if not self.state.is_exact:
             reasons.append("it is marked `exact: false` already, events.jsonl says why")
         if reasons:
@@ -281,7 +285,7 @@ class TrainingRun:
             looks = self._look(stop)
             self._end_for_audit()
             self._record_timing(result)
-            self._note_straggler(result)
+            self.stragglers.note(result.step, result.sums.busy_seconds)
             if looks:
                 validation_text = "".join(f"  val {figures['loss']:.3f}" for figures in looks.values())
             if self._is_due("sample_every"):
@@ -360,7 +364,7 @@ class TrainingRun:
             if self.world.is_first:
                 self.store.drop_after(self.state.step)
             self.state.rewinds, self.state.passed_over = before.rewinds + 1, sorted(passed_over)
-            self.state.is_exact, self.state.num_ranks = before.is_exact, before.num_ranks
+            self.state.is_exact, self.state.num_ranks, self.state.mesh = before.is_exact, before.num_ranks, before.mesh
             self.state.environment, self.state.key = before.environment, before.key
             self.metrics.cut(self.state.metrics_bytes)
         self._event(step + 1, "rewind", f"to step {self.state.step}, without the batches {sorted(passed_over)}")
@@ -422,18 +426,6 @@ class TrainingRun:
             )
         )
         self._saving_seconds = 0.0
-
-    def _note_straggler(self, result: StepResult) -> None:
-        """Once in a while the ranks compare how long they compute, waiting left out; a slow one is named once."""
-        self._busy_seconds += result.sums.busy_seconds
-        if self.world.size == 1 or result.step % STEPS_TO_COMPARE:
-            return
-        slowest = find_straggler(self.world, self._busy_seconds)
-        self._busy_seconds = 0.0
-        if slowest is not None and slowest.rank not in self._stragglers:
-            self._stragglers.add(slowest.rank)
-            self._event(result.step, "straggler", slowest.words)
-            self.job.log.warn("W-STRAGGLER", slowest.words)
 
     @property
     def _is_as_resolved(self) -> bool:

@@ -30,6 +30,8 @@ class TrainingState:
     look_loss: float | None = None
     """Validation loss after this very step, where one was measured: what the best checkpoint is chosen by."""
     num_ranks: int = 1
+    mesh: str = ""
+    """How they share the model, in words; empty where each holds the whole."""
     is_exact: bool = True
     """Whether the run is what an unbroken one on this machine would be, bit for bit."""
     environment: dict[str, str] = field(default_factory=dict)
