@@ -225,8 +225,8 @@ class StopIn:
         (lambda run: run.engine, "_forward", 11, 5),  # the first of two micro-batches, a step of two computed before
         (lambda run: run.engine, "gradient_norm", 5, 5),
         (lambda run: run.engine, "optimizer_step", 5, 5),
-        (lambda run: run, "_validate", 2, 6),
-        (lambda run: run, "_sample", 2, 4),
+        (lambda run: run.looks, "validate", 2, 6),
+        (lambda run: run.looks, "sample", 2, 4),
         (lambda run: run, "_save", 1, 4),
         (lambda run: run.metrics, "write", 6, 6),
     ],
@@ -340,14 +340,14 @@ def test_a_look_made_again_tells_its_checkpoint_how_good_it_is(make_job):
     whole = TrainingRun(make_job("whole", **settings))
     whole.run()
     run = TrainingRun(make_job("run", **settings))
-    validate = run._validate
+    validate = run.looks.validate
 
     def interrupted(stop):
         if run.state.step == 8:
             raise StepAbandoned
         return validate(stop)
 
-    run._validate = interrupted
+    run.looks.validate = interrupted
     with pytest.raises(Preempted):
         run.run()
     assert 8 not in metrics_of(run)
@@ -406,7 +406,7 @@ def changing_parts(thing, path="run", seen=None):
 
 SAVED = re.compile(r"run\.state\.|run\.engine\.(masters\[|optimizers\[|average\.)|run\.job\.model\..*_parameters\[")
 NOT_STATE = {
-    "run._began", "run._elapsed_before", "run._saving_seconds", "run._busy_seconds", "run._stragglers", "run._saved_step",  # clocks, and where the disk is
+    "run._began", "run._elapsed_before", "run._saving_seconds", "run.stragglers._busy_seconds", "run.stragglers._named", "run._saved_step",  # clocks, and where the disk is
     "run.engine._norm",  # set before each use
     "run.meter._step_flops",  # of the last step, for its line of timing
     "run.store._buffers.keys", "run.store._buffers[object]",  # what is being written
