@@ -1,5 +1,7 @@
 """Keys and values of what was already read, so that a new token costs one position."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,19 @@ class LayerCache:
         self.v_BGSK = torch.zeros(shape, dtype=dtype, device=device)
         self.write_at_BT = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
         self.visible = 0
+        self.is_level = True
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values at each row's own place; returns all that may be visible."""
-        index_BGTK = self.write_at_BT[:, None, :, None].expand(k_BGTK.shape)
-        self.k_BGSK.scatter_(2, index_BGTK, k_BGTK)
-        self.v_BGSK.scatter_(2, index_BGTK, v_BGTK)
-        return self.k_BGSK[:, :, : self.visible], self.v_BGSK[:, :, : self.visible]
+        k_BGSK, v_BGSK = self.k_BGSK[:, :, : self.visible], self.v_BGSK[:, :, : self.visible]
+        if self.is_level:
+            k_BGSK[:, :, -k_BGTK.shape[2] :] = k_BGTK
+            v_BGSK[:, :, -v_BGTK.shape[2] :] = v_BGTK
+        else:
+            index_BGTK = self.write_at_BT[:, None, :, None].expand(k_BGTK.shape)
+            k_BGSK.scatter_(2, index_BGTK, k_BGTK)
+            v_BGSK.scatter_(2, index_BGTK, v_BGTK)
+        return k_BGSK, v_BGSK
 
 
 class KVCache:
@@ -38,25 +46,31 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        device = torch.device(device)
-        self.layers = [LayerCache(num_rows, config, max_length, dtype, device) for _ in range(config.num_hidden_layers)]
-        self.lengths_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.device = torch.device(device)
+        self.layers = [
+            LayerCache(num_rows, config, max_length, dtype, self.device) for _ in range(config.num_hidden_layers)
+        ]
+        self.lengths = [0] * num_rows
         self.max_length = max_length
+        self.is_level = True
+        """Whether the newest tokens of all rows stand at the same places."""
 
-    def advance(self, num_new_B: Tensor, num_columns: int) -> Tensor:
-        """Make room for up to `num_columns` new tokens a row, of which the first `num_new_B` are real.
+    def advance(self, num_new: Sequence[int], num_columns: int) -> Tensor:
+        """Make room for up to `num_columns` new tokens a row, of which the first `num_new` are real.
 
         Returns the positions (B, T) of the new tokens. Columns past a row's real ones are written behind them and
-        hidden; the next call overwrites them.
+        hidden; the next call overwrites them. Raises ValueError where they do not fit.
         """
-        offsets_T = torch.arange(num_columns, device=self.lengths_B.device)
-        positions_BT = self.lengths_B[:, None] + offsets_T
-        visible = int(positions_BT.max()) + 1
+        visible = max(self.lengths) + num_columns
         if visible > self.max_length:
             raise ValueError(f"{visible=} tokens do not fit into a cache of {self.max_length=}")
+        self.is_level = len(set(self.lengths)) == 1
+        positions_BT = torch.tensor(self.lengths, device=self.device)[:, None]
+        if num_columns > 1:
+            positions_BT = positions_BT + torch.arange(num_columns, device=self.device)
         for layer in self.layers:
-            layer.write_at_BT, layer.visible = positions_BT, visible
-        self.lengths_B = self.lengths_B + num_new_B
+            layer.write_at_BT, layer.visible, layer.is_level = positions_BT, visible, self.is_level
+        self.lengths = [length + new for length, new in zip(self.lengths, num_new, strict=True)]
         return positions_BT
 
     def bias_B1TS(self, positions_BT: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
