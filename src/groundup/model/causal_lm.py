@@ -158,6 +158,7 @@ class CausalLM(nn.Module):
         logits_BTV: Tensor = self.lm_head(self.model(tokens_BT, segments))
         return logits_BTV
 
+    @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after the last real new token of each row; the tokens are added to the cache."""
         h_BTD = self.model.forward_cached(tokens_BT, num_new_B, cache)

@@ -52,17 +52,65 @@ def fuse_for_reading(blocks: Iterable[Block]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
+class _Product:
+    """One matrix product, and where its result goes."""
+
+    weight: Tensor
+    """Transposed."""
+    bias: Tensor | None
+    out: Tensor
+
+    def of(self, x: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, self.weight, out=self.out)
+        else:
+            torch.addmm(self.bias, x, self.weight, out=self.out)
+
+
+class _Norm:
+    """RMSNorm as √size · weight · x / hypot(‖x‖, √(size · eps)): four calls, where `F.rms_norm` makes twelve."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        size = weight.shape[-1]
+        self.weight = weight * size**0.5
+        self.least = weight.new_tensor((size * eps) ** 0.5)
+
+    def into(self, out: Tensor, x: Tensor) -> None:
+        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.least)
+        torch.div(x, length, out=out).mul_(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
     """What one block computes with."""
 
-    qkv: list[tuple[Tensor, Tensor | None]]
-    qk_norm_HK: Tensor | None
-    """Of queries' and keys' heads, one below the other."""
+    input_norm: _Norm
+    qkv: list[_Product]
+    qk_norm: _Norm | None
     o: nn.Linear
-    gate_up: list[tuple[Tensor, Tensor | None]]
-    block: Block
-    input_norm_D: Tensor
-    post_norm_D: Tensor
+    post_norm: _Norm
+    gate_up: list[_Product]
+    mlp: MLP | SparseMLP
+    window: int | None
+
+
+class _Desk:
+    """Where the intermediate results of every block are written, and their parts: a slice costs as much as a sum."""
+
+    def __init__(self, num_rows: int, config: ModelConfig, like: Tensor) -> None:
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_size
+        self.h_BD = like.new_empty(num_rows, config.hidden_size)
+        self.qkv = like.new_empty(num_rows, (heads + 2 * kv_heads) * size)
+        qkv_BHK = self.qkv.view(num_rows, -1, size)
+        self.qk_BHK, self.v_BGTK = qkv_BHK[:, : heads + kv_heads], qkv_BHK[:, heads + kv_heads :].unsqueeze(2)
+        self.first, self.second = self.qk_BHK.chunk(2, dim=-1)
+        self.turned_BHK = torch.empty_like(self.qk_BHK, memory_format=torch.contiguous_format)
+        self.turned_first, self.turned_second = self.turned_BHK.chunk(2, dim=-1)
+        # heads that share keys stand where queries of several tokens would: no key is repeated
+        self.q_BGTK = self.turned_BHK[:, :heads].view(num_rows, kv_heads, -1, size)
+        self.k_BGTK = self.turned_BHK[:, heads:].unsqueeze(2)
+        self.gate_up = like.new_empty(num_rows, 2 * config.intermediate_size)
+        self.gate_BF, self.up_BF = self.gate_up.chunk(2, dim=-1)
 
 
 class TokenReader:
@@ -77,62 +125,63 @@ class TokenReader:
         head_VD: Tensor,
         cache: KVCache,
     ) -> None:
-        self.config, self.cache = config, cache
-        self.embedding_VD, self.norm_D, self.head_VD = embedding_VD, norm_D, head_VD
-        self.blocks = [_weights_of(block, config) for block in blocks]
-        self.windows = [block.self_attn.window for block in blocks]
+        self.cache, self.embedding_VD, self.head_VD = cache, embedding_VD, head_VD
         # a row of one token for each place: all that dynamic scaling asks is how far a row has come
         places_S1 = torch.arange(cache.max_length, device=head_VD.device)[:, None]
-        self.cos_S1K, sin_S1K = model_rope_table(places_S1, config)
-        half = config.head_size // 2
-        self.sin_S1K = torch.cat((-sin_S1K[..., :half], sin_S1K[..., half:]), dim=-1)
+        self.cos_S1K, self.sin_S1K = model_rope_table(places_S1, config)
+        with torch.inference_mode():
+            self.desk = _Desk(len(cache.lengths), config, head_VD)
+            self.layers = [_layer_of(block, config, self.desk) for block in blocks]
+            self.norm = _Norm(norm_D, config.rms_norm_eps)
 
     @torch.inference_mode()
     def __call__(self, tokens_B: Tensor) -> Tensor:
         """Logits (B, V) after the next token of each row."""
         positions_B1 = self.cache.advance([1] * len(tokens_B), 1)
-        cos_B1K, sin_B1K = self.cos_S1K[positions_B1[:, 0]], self.sin_S1K[positions_B1[:, 0]]
+        cos_B1K, sin_B1K = (table.index_select(0, positions_B1[:, 0]) for table in (self.cos_S1K, self.sin_S1K))
+        half_sin = sin_B1K[..., : sin_B1K.shape[-1] // 2]
         x_BD = F.embedding(tokens_B, self.embedding_VD)
-        biases: dict[int | None, Tensor | None] = dict.fromkeys(self.windows)
+        biases: dict[int | None, Tensor | None] = dict.fromkeys(layer.window for layer in self.layers)
         if not self.cache.is_level:
             biases = {window: self.cache.bias_B1TS(positions_B1, x_BD.dtype, window) for window in biases}
-        for weights, window, cache in zip(self.blocks, self.windows, self.cache.layers, strict=True):
-            x_BD = self._read(x_BD, weights, cos_B1K, sin_B1K, cache, biases[window], window)
-        return F.linear(self._norm(x_BD, self.norm_D), self.head_VD)
+        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
+            x_BD = self._attended(x_BD, layer, cos_B1K, half_sin, cache, biases[layer.window])
+            x_BD = self._after_mlp(x_BD, layer)
+        self.norm.into(self.desk.h_BD, x_BD)
+        return F.linear(self.desk.h_BD, self.head_VD)
 
-    def _read(
+    def _attended(
         self,
         x_BD: Tensor,
-        weights: _Weights,
+        layer: _Layer,
         cos_B1K: Tensor,
-        sin_B1K: Tensor,
+        half_sin: Tensor,
         cache: LayerCache,
         bias_B1TS: Tensor | None,
-        window: int | None,
     ) -> Tensor:
-        (rows, _), size, kv_heads = x_BD.shape, self.config.head_size, self.config.num_key_value_heads
-        qkv_BHK = _product(self._norm(x_BD, weights.input_norm_D), weights.qkv).view(rows, -1, size)
-        qk_BHK, v_BGK = qkv_BHK.split((qkv_BHK.shape[1] - kv_heads, kv_heads), dim=1)
-        if weights.qk_norm_HK is not None:
-            qk_BHK = F.rms_norm(qk_BHK, (size,), None, self.config.rms_norm_eps) * weights.qk_norm_HK
-        qk_BHK = torch.addcmul(qk_BHK * cos_B1K, qk_BHK.roll(size // 2, -1), sin_B1K)
-        q_BHK, k_BGK = qk_BHK.split((qk_BHK.shape[1] - kv_heads, kv_heads), dim=1)
-        k_BGSK, v_BGSK = cache.append(k_BGK.unsqueeze(2), v_BGK.unsqueeze(2))
-        if window is not None and bias_B1TS is None:
-            k_BGSK, v_BGSK = k_BGSK[:, :, -window:], v_BGSK[:, :, -window:]
-        # the heads that share keys stand where queries of several tokens would: no key is repeated
-        q_BGTK = q_BHK.view(rows, kv_heads, -1, size)
-        attended_BD = F.scaled_dot_product_attention(q_BGTK, k_BGSK, v_BGSK, attn_mask=bias_B1TS).reshape(rows, -1)
-        x_BD = _added(x_BD, attended_BD, weights.o)
-        h_BD = self._norm(x_BD, weights.post_norm_D)
-        mlp = weights.block.mlp
-        if isinstance(mlp, SparseMLP):
-            return x_BD + mlp(h_BD.unsqueeze(1))[0].squeeze(1)
-        gate_BF, up_BF = _product(h_BD, weights.gate_up).chunk(2, dim=-1)
-        return _added(x_BD, F.silu(gate_BF) * up_BF, mlp.down_proj)
+        desk = self.desk
+        layer.input_norm.into(desk.h_BD, x_BD)
+        for product in layer.qkv:
+            product.of(desk.h_BD)
+        if layer.qk_norm is not None:
+            layer.qk_norm.into(desk.qk_BHK, desk.qk_BHK)
+        torch.mul(desk.qk_BHK, cos_B1K, out=desk.turned_BHK)
+        desk.turned_first.addcmul_(desk.second, half_sin, value=-1)
+        desk.turned_second.addcmul_(desk.first, half_sin)
+        k_BGSK, v_BGSK = cache.append(desk.k_BGTK, desk.v_BGTK)
+        if layer.window is not None and bias_B1TS is None:
+            k_BGSK, v_BGSK = k_BGSK[:, :, -layer.window :], v_BGSK[:, :, -layer.window :]
+        out_BGTK = F.scaled_dot_product_attention(desk.q_BGTK, k_BGSK, v_BGSK, attn_mask=bias_B1TS)
+        return _added(x_BD, out_BGTK.reshape(len(x_BD), -1), layer.o)
 
-    def _norm(self, x_BD: Tensor, weight_D: Tensor) -> Tensor:
-        return F.rms_norm(x_BD, (x_BD.shape[1],), weight_D, self.config.rms_norm_eps)
+    def _after_mlp(self, x_BD: Tensor, layer: _Layer) -> Tensor:
+        desk = self.desk
+        layer.post_norm.into(desk.h_BD, x_BD)
+        if isinstance(layer.mlp, SparseMLP):
+            return x_BD + layer.mlp(desk.h_BD.unsqueeze(1))[0].squeeze(1)
+        for product in layer.gate_up:
+            product.of(desk.h_BD)
+        return _added(x_BD, F.silu(desk.gate_BF) * desk.up_BF, layer.mlp.down_proj)
 
 
 def _products_of_one_input(block: Block) -> list[list[nn.Linear]]:
@@ -141,33 +190,36 @@ def _products_of_one_input(block: Block) -> list[list[nn.Linear]]:
     return groups + ([[block.mlp.gate_proj, block.mlp.up_proj]] if isinstance(block.mlp, MLP) else [])
 
 
-def _weights_of(block: Block, config: ModelConfig) -> _Weights:
-    attention = block.self_attn
-    qkv, *gate_up = (_joined(layers) for layers in _products_of_one_input(block))
-    qk_norm_HK = None
+def _layer_of(block: Block, config: ModelConfig, desk: _Desk) -> _Layer:
+    attention, eps = block.self_attn, config.rms_norm_eps
+    groups = _products_of_one_input(block)
+    qk_norm = None
     if attention.has_qk_norm:
         heads = (config.num_attention_heads, config.num_key_value_heads)
         norms = (attention.q_norm.weight, attention.k_norm.weight)
-        qk_norm_HK = torch.cat([norm_K.expand(count, -1) for norm_K, count in zip(norms, heads, strict=True)])
-    return _Weights(
-        qkv=qkv,
-        qk_norm_HK=qk_norm_HK,
+        weights = [weight_K.expand(count, -1) for weight_K, count in zip(norms, heads, strict=True)]
+        qk_norm = _Norm(torch.cat(weights), eps)
+    return _Layer(
+        input_norm=_Norm(block.input_layernorm.weight, eps),
+        qkv=_products(groups[0], desk.qkv),
+        qk_norm=qk_norm,
         o=attention.o_proj,
-        gate_up=gate_up[0] if gate_up else [],
-        block=block,
-        input_norm_D=block.input_layernorm.weight,
-        post_norm_D=block.post_attention_layernorm.weight,
+        post_norm=_Norm(block.post_attention_layernorm.weight, eps),
+        gate_up=[product for layers in groups[1:] for product in _products(layers, desk.gate_up)],
+        mlp=block.mlp,
+        window=attention.window,
     )
 
 
-def _joined(layers: Sequence[nn.Linear]) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of all layers as one product where they lie side by side, else one by one."""
+def _products(layers: Sequence[nn.Linear], out: Tensor) -> list[_Product]:
+    """One product where the layers' weights lie side by side, else one for each, into its share of the columns."""
     weight = _as_one([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = _as_one(biases) if biases else None
-    if weight is None or (biases and bias is None):
-        return [(layer.weight, layer.bias) for layer in layers]
-    return [(weight, bias)]
+    if weight is not None and (bias is not None or not biases):
+        return [_Product(weight.t(), bias, out)]
+    parts = out.split([len(layer.weight) for layer in layers], dim=1)
+    return [_Product(layer.weight.t(), layer.bias, part) for layer, part in zip(layers, parts, strict=True)]
 
 
 def _lay_side_by_side(parts: Sequence[nn.Parameter]) -> None:
@@ -186,12 +238,6 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
         if not (is_next and is_same and part.is_contiguous() and following.is_contiguous()):
             return None
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-
-
-def _product(x_BD: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    if len(parts) == 1:
-        return F.linear(x_BD, *parts[0])
-    return torch.cat([F.linear(x_BD, weight, bias) for weight, bias in parts], dim=-1)
 
 
 def _added(x_BD: Tensor, h_BD: Tensor, layer: nn.Linear) -> Tensor:
