@@ -218,14 +218,14 @@ def _products(layers: Sequence[nn.Linear], out: Tensor) -> list[_Product]:
     bias = _as_one(biases) if biases else None
     if weight is not None and (bias is not None or not biases):
         return [_Product(weight.t(), bias, out)]
-    parts = out.split([len(layer.weight) for layer in layers], dim=1)
+    parts = torch.split(out, [len(layer.weight) for layer in layers], dim=1)
     return [_Product(layer.weight.t(), layer.bias, part) for layer, part in zip(layers, parts, strict=True)]
 
 
-def _lay_side_by_side(parts: Sequence[nn.Parameter]) -> None:
+def _lay_side_by_side(parts: Sequence[Tensor]) -> None:
     if parts:
         whole = torch.cat(list(parts))
-        for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        for part, place in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
             part.data = place
 
 
