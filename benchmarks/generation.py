@@ -88,6 +88,7 @@ def both_models(shape_name: str) -> tuple[CausalLM, Any]:
         transformers.Qwen3Config(**material.same_fields(shape), eos_token_id=None, bos_token_id=None, pad_token_id=0)
     )
     theirs.load_state_dict(ours.state_dict())
+    ours.fuse_for_reading()
     return ours.eval(), theirs.eval()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.material import same_fields
 from groundup.corpus.cleaning import clean_batch
@@ -20,6 +21,7 @@ from groundup.corpus.config import CorpusConfig
 from groundup.corpus.rows import Row
 from groundup.generate.config import SamplingConfig
 from groundup.generate.generator import complete
+from groundup.model.cache import KVCache
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.model.loss import linear_cross_entropy
@@ -37,6 +39,16 @@ SHAPE = ModelConfig(
     num_key_value_heads=2,
 )
 ROUNDS = 7
+
+
+class CallCounter(TorchDispatchMode):
+    """Counts the operators that torch is asked for."""
+
+    num_calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
 
 
 def ratio(ours, reference):
@@ -148,3 +160,23 @@ def test_cleaning_beside_sets_of_tuples(texts):
             set(zip(*(words[begin:] for begin in range(5)), strict=False))
 
     assert ratio(lambda: clean_batch(rows, config), sets_of_tuples) < 2.5
+
+
+def calls_a_token(num_layers, *, is_fused):
+    model = CausalLM(SHAPE.model_copy(update={"num_hidden_layers": num_layers})).eval()
+    if is_fused:
+        model.fuse_for_reading()
+    cache = KVCache(1, model.config, 8)
+    model.next_logits(torch.tensor([[1, 2]]), torch.tensor([2]), cache)
+    read_tokens = model.token_reader(cache)
+    with CallCounter() as counter:
+        read_tokens(torch.tensor([3]))
+    return counter.num_calls
+
+
+def test_a_token_takes_few_calls_a_layer():
+    fused, apart = (
+        calls_a_token(3, is_fused=is_fused) - calls_a_token(2, is_fused=is_fused) for is_fused in (True, False)
+    )
+    assert 20 < fused <= 28 and apart == fused + 3
+    assert calls_a_token(2, is_fused=True) - 2 * fused <= 25

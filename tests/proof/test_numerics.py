@@ -211,7 +211,7 @@ def cache_off_by_one(monkeypatch):
 
     def advance(self, *arguments):
         found = honest(self, *arguments)
-        self.lengths_B = self.lengths_B - 1
+        self.lengths = [length - 1 for length in self.lengths]
         return found
 
     monkeypatch.setattr(KVCache, "advance", advance)

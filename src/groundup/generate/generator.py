@@ -43,15 +43,16 @@ def stream_tokens(
         tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
     num_new_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     generator = torch.Generator(device=weight.device).manual_seed(config.seed)
+    logits_BV, read_tokens = model.next_logits(tokens_BT, num_new_B, cache), model.token_reader(cache)
     is_done = [False] * len(prompts)
-    for _ in range(config.max_new_tokens):
-        drawn_B = draw(model.next_logits(tokens_BT, num_new_B, cache), config, generator)
-        drawn: list[int | None] = [None if done else int(token) for done, token in zip(is_done, drawn_B, strict=True)]
+    for num_left in reversed(range(config.max_new_tokens)):
+        drawn_B = draw(logits_BV, config, generator)
+        drawn = [None if done else token for done, token in zip(is_done, drawn_B.tolist(), strict=True)]
         yield drawn
         is_done = [done or token in eos_ids for done, token in zip(is_done, drawn, strict=True)]
-        if all(is_done):
+        if all(is_done) or not num_left:
             return
-        tokens_BT, num_new_B = drawn_B[:, None], torch.ones_like(num_new_B)
+        logits_BV = read_tokens(drawn_B)
 
 
 def complete(

@@ -26,5 +26,6 @@ def draw(logits_BV: Tensor, config: SamplingConfig, generator: torch.Generator) 
     if config.temperature == 0:
         return logits_BV.argmax(dim=1)
     logits_BV = logits_BV.float() / config.temperature
-    logits_BV = logits_BV.masked_fill(~keep_mask(logits_BV, config), float("-inf"))
+    if config.top_k or config.top_p < 1 or config.min_p:
+        logits_BV = logits_BV.masked_fill(~keep_mask(logits_BV, config), float("-inf"))
     return torch.multinomial(logits_BV.softmax(dim=1), 1, generator=generator).squeeze(1)

@@ -34,6 +34,7 @@ from groundup.model.moe import Router, Routing, SparseMLP
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import model_rope_table
 from groundup.model.segments import Segments
+from groundup.model.token_reader import TokenReader, fuse_for_reading, is_plain
 
 
 class Decoder(nn.Module):
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
     def forward_cached(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
         """As `forward` for tokens that follow those in the cache; `num_new_B` of them a row are real."""
         x_BTD = self.embed_tokens(tokens_BT)
-        positions_BT = cache.advance(num_new_B, tokens_BT.shape[1])
+        positions_BT = cache.advance(num_new_B.tolist(), tokens_BT.shape[1])
         cos_BTK, sin_BTK = model_rope_table(positions_BT, self.config)
         biases = self._each(lambda _, window: cache.bias_B1TS(positions_BT, x_BTD.dtype, window))
         for layer, bias_B1TS, layer_cache in zip(self.layers, biases, cache.layers, strict=True):
@@ -183,12 +184,35 @@ class CausalLM(nn.Module):
         logits_BTV: Tensor = self.lm_head(self.model(tokens_BT, segments))
         return logits_BTV
 
+    @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after the last real new token of each row; the tokens are added to the cache."""
         h_BTD = self.model.forward_cached(tokens_BT, num_new_B, cache)
         last_B1D = (num_new_B - 1)[:, None, None].expand(-1, 1, h_BTD.shape[2])
         logits_BV: Tensor = self.lm_head(h_BTD.gather(1, last_B1D).squeeze(1))
         return logits_BV
+
+    def token_reader(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
+        """What gives the logits (B, V) after the next token of each row (B,); the tokens are added to the cache.
+
+        As `next_logits` of one token, and faster where the model is plain (`is_plain`). It holds the weights as they are
+        now and the cache: use it for one text, without other calls on that cache.
+        """
+        modules = (*self.model.children(), *self.model.layers.modules(), self.lm_head)
+        if not is_plain(modules):
+            return lambda tokens_B: self.next_logits(tokens_B[:, None], torch.ones_like(tokens_B), cache)
+        blocks = [block for block in self.model.layers if isinstance(block, Block)]
+        decoder = self.model
+        return TokenReader(
+            self.config, blocks, decoder.embed_tokens.weight, decoder.norm.weight, self.lm_head.weight, cache
+        )
+
+    def fuse_for_reading(self) -> None:
+        """Lay weights that read the same input side by side, for `token_reader`; names, shapes and values stay.
+
+        For a model that is read and no longer trained.
+        """
+        fuse_for_reading(block for block in self.model.layers if isinstance(block, Block))
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

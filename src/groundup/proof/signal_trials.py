@@ -35,7 +35,7 @@ PHASES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "save": [{"call": "reach", "name": "ckpt.before_fsync", "nth": 2, "sleep": 1.0}],
     "sample": [
         {"call": "continue_text"},
-        {"call": "CausalLM.next_logits", "after": 0, "every": True, "sleep": LONG / 4},
+        {"call": "draw", "after": 0, "every": True, "sleep": LONG / 4},
     ],
 }
 

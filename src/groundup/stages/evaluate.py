@@ -178,6 +178,8 @@ def _chat_figures(work: Work, stage: FinetuneStage, model_folder: Path) -> dict[
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     base = base_model(work, stage)
     before, after = load_model(base), load_model(model_folder)
+    for model in (before, after):
+        model.fuse_for_reading()
     eos_ids = read_eos_ids(model_folder, tokenizer)
     figures: dict[str, Any] = {
         "answer_loss_before": answer_loss(before, held_out),

@@ -19,6 +19,7 @@ def generate(model_folder: Path, prompt: str, config: SamplingConfig) -> None:
     """Stream the continuation of a prompt to standard output."""
     torch.set_num_threads(num_cores())
     model, tokenizer = load_with_tokenizer(model_folder)
+    model.fuse_for_reading()
     sys.stdout.write(prompt)
     for piece in stream_text(
         model,
@@ -36,6 +37,7 @@ def chat(model_folder: Path, config: SamplingConfig, log: Log, *, system: str = 
     """Talk until the input ends; the history is kept, Ctrl-C stops the answer at work, /new forgets, /exit leaves."""
     torch.set_num_threads(num_cores())
     model, tokenizer = load_with_tokenizer(model_folder)
+    model.fuse_for_reading()
     encoder = ChatEncoder(tokenizer)
     eos_ids = read_eos_ids(model_folder, tokenizer)
     beginning = [{"role": "system", "content": system}] if system else []
