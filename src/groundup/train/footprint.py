@@ -60,6 +60,10 @@ class Training:
     adapter: AdapterConfig | None = None
     """None trains every weight."""
     saves_while_training: bool = False
+    may_adapt: bool = False
+    """Whether a part of the weights could be trained instead of all: fine-tuning."""
+    num_shards: int = 1
+    """Ranks that hold a share each of weights, gradients and optimizer."""
 
     @property
     def item(self) -> int:
@@ -211,26 +215,29 @@ def trained_shapes(shape: ModelConfig, adapter: AdapterConfig | None) -> dict[st
     return trained
 
 
-def footprint(shape: ModelConfig, training: Training) -> Footprint:
-    """Memory of one rank that trains a model of this shape."""
+def footprint(shape: ModelConfig, training: Training, *, process: int | None = None) -> Footprint:
+    """Memory of one rank that trains a model of this shape; `process` is what its stack was measured to take."""
     shapes = parameter_shapes(shape)
-    num_whole = num_parameters(shape)
     trained = trained_shapes(shape, training.adapter)
     num_trained = sum(map(prod, trained.values()))
     copy = 0 if training.precision == "fp32" else training.item
-    moments = state_bytes(trained, training.optim)
-    average = 0 if training.optim.ema_decay is None else FP32 * num_trained
+    shards = training.num_shards
+    held = -(-num_trained // shards)
+    moments = state_bytes(trained, training.optim) // shards
+    average = 0 if training.optim.ema_decay is None else FP32 * held
+    frozen = _frozen_bytes(shapes, training, training.item)
+    weights = held * (FP32 + copy) + frozen if shards == 1 else held * FP32 + frozen // shards
     activations = training.num_lanes * activation_bytes(shape, training)
     logits = training.num_lanes * logits_bytes(shape, training)
     backward = training.num_lanes * _backward_bytes(shape, training)
     return Footprint(
-        process=CUDA_PROCESS if training.device == "cuda" else PROCESS,
-        start=FP32 * num_whole,
-        weights=num_trained * (FP32 + copy) + _frozen_bytes(shapes, training),
-        gradients=FP32 * num_trained,
+        process=process or (CUDA_PROCESS if training.device == "cuda" else PROCESS),
+        start=_start_bytes(shapes, training),
+        weights=weights + _gathered_bytes(shapes, training),
+        gradients=FP32 * held,
         optimizer=moments,
         average=average,
-        snapshot=FP32 * num_trained + moments + average if training.saves_while_training else 0,
+        snapshot=FP32 * held + moments + average if training.saves_while_training else 0,
         loader=2 * 3 * INT64 * training.batch_rows * training.row_length,
         activations=activations,
         logits=logits,
@@ -242,21 +249,47 @@ def footprint(shape: ModelConfig, training: Training) -> Footprint:
 
 
 def _gradients_apart(num_trained: int, training: Training) -> int:
-    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed."""
+    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed. With shards
+    they are whole until the last micro-batch of a step."""
+    if training.num_shards > 1:
+        return training.item * num_trained
     if training.num_lanes == 1 and training.precision == "fp32":
         return 0
     return training.num_lanes * training.item * num_trained
 
 
-def _frozen_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
-    """The base under an adapter: in the dtype of the products, its linear layers in 4 bits for qlora."""
+def _gathered_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
+    """What a rank with a share of the weights holds whole while it computes: embeddings and head, a block and the next."""
+    if training.num_shards == 1:
+        return 0
+    by_block: dict[str, int] = {}
+    for name, size in shapes.items():
+        block = name.partition(".layers.")[2].partition(".")[0]
+        by_block[block] = by_block.get(block, 0) + prod(size)
+    return training.item * (by_block.pop("") + 2 * max(by_block.values()))
+
+
+def _num_packed(shapes: Mapping[str, Shape], training: Training) -> int:
+    """Weights in 4 bits: those of the base's linear layers under qlora."""
+    if training.adapter is None or training.adapter.adapter != "qlora":
+        return 0
+    everywhere = training.adapter.model_copy(update={"lora_targets": ("*",)})
+    return sum(map(prod, adapted(shapes, everywhere).values()))
+
+
+def _frozen_bytes(shapes: Mapping[str, Shape], training: Training, item: int) -> int:
+    """The base under an adapter, what is not packed in numbers of `item` bytes."""
     if training.adapter is None:
         return 0
-    packed = 0
-    if training.adapter.adapter == "qlora":
-        everywhere = training.adapter.model_copy(update={"lora_targets": ("*",)})
-        packed = sum(map(prod, adapted(shapes, everywhere).values()))
-    return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * training.item
+    packed = _num_packed(shapes, training)
+    return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * item
+
+
+def _start_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
+    """Weights in fp32 as they were read; a GPU is given what is packed already."""
+    if training.device == "cuda" and _num_packed(shapes, training):
+        return _frozen_bytes(shapes, training, FP32)
+    return FP32 * sum(map(prod, shapes.values()))
 
 
 def activation_bytes(shape: ModelConfig, training: Training) -> int:
