@@ -237,16 +237,20 @@ def _plan(recipe: str, settings: Sequence[str], runs_dir: Path, **options: Any) 
 
 @app.command
 def plan(
-    recipe: str,
+    recipe: str | None = None,
     *settings: Overrides,
     stage: Literal["all", "pretrain", "sft", "lora"] = "all",
     probe: bool = True,
     memory: str | None = None,
     watts: float | None = None,
     price_per_hour: float | None = None,
+    budget: str | None = None,
+    data: str | None = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """What training will need: memory by part, tokens, FLOPs, disk, time; exit 7 if it does not fit, with what would.
+
+    With --budget and without a recipe: which shape to train on how many tokens.
 
     Parameters
     ----------
@@ -262,7 +266,19 @@ def plan(
         Power that the machine draws while it trains; tells the energy.
     price_per_hour
         What an hour of the machine costs; tells the price.
+    budget
+        What may be spent: 2h, 90min, 1e18FLOPs, or 50USD with --price-per-hour.
+    data
+        File, folder or glob of the text that there is for the budget; None takes it as endless.
     """
+    if (recipe is None) == (budget is None):
+        raise ConfigError("E-CLI", what="a plan is of a recipe or of a budget", next="give RECIPE or --budget")
+    if budget is not None:
+        from groundup.insight.budget_words import size_budget
+
+        size_budget(budget, data, Log(), probes=probe, price_per_hour=price_per_hour)
+        return
+    assert recipe is not None
     from groundup.base.amounts import parse_bytes
     from groundup.insight.plan_words import Prices
 
