@@ -79,10 +79,10 @@ def budget_lines(text: str, question: Question) -> Iterator[str]:
     yield ""
     yield "  layers × width  vocabulary  parameters     tokens  a parameter  epochs    loss"
     for is_best, row in shown(found):
-        epochs = "" if math.isinf(question.text_bytes) else f"{row.epochs:.3g}"
+        epochs = "" if math.isinf(question.text_bytes) else _three(row.epochs)
         yield (
             f"  {'›' if is_best else ' '} {row.layers:>4} × {row.hidden:<5}  {row.vocabulary:>10,}  "
-            f"{count_words(row.parameters):>10}  {count_words(row.tokens):>9}  {row.tokens_a_parameter:>11.3g}  "
+            f"{count_words(row.parameters):>10}  {count_words(row.tokens):>9}  {_three(row.tokens_a_parameter):>11}  "
             f"{epochs:>6}  {row.loss:>6.3f}"
         )
     yield ""
@@ -111,6 +111,13 @@ def budget_lines(text: str, question: Question) -> Iterator[str]:
     yield from textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
+def _three(number: float) -> str:
+    """Three digits, without an exponent."""
+    if number >= 1e5:
+        return f"{count_words(number).replace(' ', '')}"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def _reason(question: Question, found: list[Candidate]) -> str:
     number = best_of(found)
     best = found[number]
@@ -126,7 +133,7 @@ def _reason(question: Question, found: list[Candidate]) -> str:
         text += f" {count_words(near[0].parameters)} would do as well."
     if best.epochs > MANY_EPOCHS:
         text += (
-            f" The text is read {best.epochs:.0f} times; past {MANY_EPOCHS} a pass teaches clearly less than new text."
+            f" The text is read {best.epochs:,.0f} times; past {MANY_EPOCHS} a pass teaches clearly less than new text."
         )
     return text
 
