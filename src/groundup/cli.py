@@ -27,6 +27,9 @@ app = App(
 
 OS_ADVICE = "look at the path, who may use it, and the room on its disk; --debug shows where it was needed"
 
+DryRun = Annotated[
+    bool, Parameter(negative="", help="Tell what the stage will need (as `groundup plan` does), and begin nothing.")
+]
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunsDir = Annotated[Path, Parameter(help="Folder that the runs stand in.")]
 AllowChange = Annotated[
@@ -145,7 +148,11 @@ def _stage_command(name: str) -> Callable[..., None]:
         restart: Restart = False,
         strict: Strict = False,
         exact: Exact = False,
+        dry_run: DryRun = False,
     ) -> None:
+        if dry_run:
+            _plan(recipe, settings, runs_dir, stages=(name,))
+            return
         _run_stage(name, recipe, settings, runs_dir, allow_change, restart, strict=strict, exact=exact)
 
     command = train if name in TRAINING_COMMANDS else prepare
@@ -217,6 +224,73 @@ def quickstart(
     from groundup.stages.quickstart import run_quickstart
 
     run_quickstart(work, has_own_data=data is not None)
+
+
+def _plan(recipe: str, settings: Sequence[str], runs_dir: Path, **options: Any) -> None:
+    from groundup.stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(settings))
+    from groundup.insight.planning import plan_recipe
+
+    plan_recipe(loaded, runs_dir, Log(), **options)
+
+
+@app.command
+def plan(
+    recipe: str | None = None,
+    *settings: Overrides,
+    stage: Literal["all", "pretrain", "sft", "lora"] = "all",
+    probe: bool = True,
+    memory: str | None = None,
+    watts: float | None = None,
+    price_per_hour: float | None = None,
+    budget: str | None = None,
+    data: str | None = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """What training will need: memory by part, tokens, FLOPs, disk, time; exit 7 if it does not fit, with what would.
+
+    With --budget and without a recipe: which shape to train on how many tokens.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    stage
+        The training stage to plan.
+    probe
+        Take a few real steps to tell the time.
+    memory
+        Memory to fit into, such as 8GB, in the place of this machine's.
+    watts
+        Power that the machine draws while it trains; tells the energy.
+    price_per_hour
+        What an hour of the machine costs; tells the price.
+    budget
+        What may be spent: 2h, 90min, 1e18FLOPs, or 50USD with --price-per-hour.
+    data
+        File, folder or glob of the text that there is for the budget; None takes it as endless.
+    """
+    if (recipe is None) == (budget is None):
+        raise ConfigError("E-CLI", what="a plan is of a recipe or of a budget", next="give RECIPE or --budget")
+    if budget is not None:
+        from groundup.insight.budget_words import size_budget
+
+        size_budget(budget, data, Log(), probes=probe, price_per_hour=price_per_hour)
+        return
+    assert recipe is not None
+    from groundup.base.amounts import parse_bytes
+    from groundup.insight.plan_words import Prices
+
+    _plan(
+        recipe,
+        settings,
+        runs_dir,
+        stages=() if stage == "all" else (stage,),
+        probes=probe,
+        memory_bytes=None if memory is None else parse_bytes(memory),
+        prices=Prices(watts, price_per_hour),
+    )
 
 
 @app.command

@@ -1,6 +1,7 @@
 """The memory formula against what autograd really saves: no byte more, none less."""
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
 from groundup.train.engine import TorchEngine
 from groundup.train.footprint import (
+    HEAP_SHARE,
+    OWN_MAPPING,
     Training,
     activation_bytes,
     footprint,
@@ -199,7 +202,8 @@ def test_every_option_moves_its_part():
     shape = shape_of("qwen3")
     plain = footprint(shape, training_of())
     saving = footprint(shape, training_of(saves_while_training=True))
-    assert saving.snapshot == plain.weights + plain.optimizer and saving.total == plain.total + saving.snapshot
+    assert saving.snapshot == plain.weights + plain.optimizer
+    assert saving.total == plain.total + saving.snapshot - (plain.heap - saving.heap)
     averaged = footprint(shape, training_of(optim=OptimConfig(ema_decay=0.9)))
     assert averaged.average == averaged.gradients == averaged.total - plain.total
     lanes = footprint(shape, training_of(num_lanes=2))
@@ -212,3 +216,44 @@ def test_every_option_moves_its_part():
     assert 0 < cuda.heap < plain.heap and cuda.process != plain.process
     words = replace(plain, process=0).words()
     assert "activations" in words and "snapshot" not in words
+
+
+def test_holes_are_left_by_what_is_asked_for_again():
+    """Activations, and where they share its heap, gradients and moments; nothing that has a mapping of its own."""
+    shape = shape_of("qwen3")
+    plain = footprint(shape, training_of())
+    passes = plain.activations + plain.logits + plain.backward
+    assert plain.heap == int(HEAP_SHARE * (passes + plain.gradients + plain.optimizer))
+    for changes in ({"num_lanes": 2}, {"saves_while_training": True}):
+        other = footprint(shape, training_of(**changes))
+        assert other.heap == int(HEAP_SHARE * (other.activations + other.logits + other.backward))
+    wide = shape.model_copy(update={"vocab_size": OWN_MAPPING // 4 // shape.hidden_size + 1})
+    found = footprint(wide, training_of(optim=OptimConfig(optimizer="adamw")))
+    small = found.gradients - 4 * wide.vocab_size * wide.hidden_size
+    expected = HEAP_SHARE * (found.activations + found.logits + found.backward + 3 * small)
+    assert found.heap == pytest.approx(expected, rel=1e-4)
+
+
+def test_shards_hold_a_share_of_all_that_lasts():
+    shape = shape_of("qwen3").model_copy(update={"num_hidden_layers": 20})
+    optim = OptimConfig(optimizer="adamw", ema_decay=0.9)
+    plain, shared = (
+        footprint(shape, training_of(optim=optim, num_shards=num, saves_while_training=True)) for num in (1, 4)
+    )
+    for part in ("gradients", "optimizer", "average", "snapshot"):
+        assert getattr(shared, part) == pytest.approx(getattr(plain, part) / 4, abs=64), part
+    blocks = [parameter_shapes(shape.model_copy(update={"num_hidden_layers": num})) for num in (0, 1)]
+    root, with_block = (sum(map(prod, sizes.values())) for sizes in blocks)
+    gathered = root + 2 * (with_block - root)
+    assert shared.weights == pytest.approx(plain.weights / 4 + 4 * gathered, abs=64)
+    assert shared.activations == plain.activations and shared.apart == plain.gradients, "whole until a step's last pass"
+
+
+def test_a_gpu_is_given_what_is_packed_already():
+    shape = shape_of("qwen3")
+    for device in ("cpu", "cuda"):
+        lora, qlora = (
+            footprint(shape, training_of(device=device, adapter=AdapterConfig(adapter=kind)))
+            for kind in ("lora", "qlora")
+        )
+        assert (qlora.start < lora.start) == (device == "cuda")

@@ -12,6 +12,7 @@ from groundup.base.artifact import StageKey, read_manifest, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError, NumericsError
 from groundup.base.files import read_json, sha256_of, write_json
+from groundup.base.log import Log
 from groundup.base.pickles import refuse_pickle
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import read_eos_ids, save_model
@@ -158,29 +159,34 @@ def base_model(work: Work, stage: FinetuneStage) -> Path:
     recipe = work.recipe
     config = section_of(work, stage)
     if config.init_from != "auto":
-        if is_hub_name(config.init_from):
-            return model_of_hub(config.init_from, work.log)
-        folder = Path(config.init_from)
-        refuse_pickle(folder)
-        if (folder / "adapter_config.json").is_file():
-            raise ConfigError(
-                "E-MODEL-NONE",
-                what="an adapter, not a model",
-                where=folder,
-                next=f"set {stage}.init_from to the adapter's base and {stage}.adapter_from to this folder, or begin with "
-                "the merged model",
-            )
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                "E-MODEL-NONE",
-                what="no model directory (no config.json)",
-                where=folder,
-                next=f"set {stage}.init_from to a directory with config.json and *.safetensors, or a name on the Hub",
-            )
-        return folder
+        return given_base(config.init_from, stage, work.log)
     earlier = "sft" if stage == "lora" and recipe.sft is not None else "pretrain"
     work.run.committed(earlier)
     return work.path(earlier) / "model"
+
+
+def given_base(init_from: str, stage: FinetuneStage, log: Log) -> Path:
+    """The model directory that a section names. Raises ConfigError if there is none, CheckpointError for a pickle."""
+    if is_hub_name(init_from):
+        return model_of_hub(init_from, log)
+    folder = Path(init_from)
+    refuse_pickle(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            "E-MODEL-NONE",
+            what="an adapter, not a model",
+            where=folder,
+            next=f"set {stage}.init_from to the adapter's base and {stage}.adapter_from to this folder, or begin with "
+            "the merged model",
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "E-MODEL-NONE",
+            what="no model directory (no config.json)",
+            where=folder,
+            next=f"set {stage}.init_from to a directory with config.json and *.safetensors, or a name on the Hub",
+        )
+    return folder
 
 
 def find_adapter(adapter: str) -> Path:

@@ -15,6 +15,8 @@ from groundup.train.footprint import Footprint, Training, footprint
 
 LEAST_ROW = 64
 """Tokens below which no shorter row is proposed."""
+MOST_SHARDS = 64
+"""Ranks beyond which no more are proposed."""
 
 
 def memory_of_a_rank(device: str, num_local: int) -> int:
@@ -34,21 +36,30 @@ def training_of(config: TrainConfig, *, share_rows: int, **resolved: object) -> 
         "adapter": config if has_adapter else None,
         "activation_checkpointing": config.activation_checkpointing,
         "has_dropout": config.dropout > 0,
+        "may_adapt": isinstance(config, AdapterConfig),
         "saves_while_training": config.checkpoint_every is not None,
     }
     return Training(**(values | resolved))  # type: ignore[arg-type]
 
 
-def fitting_rows(shape: ModelConfig, training: Training, limit: int, *, is_auto: bool) -> tuple[int, int]:
+def fitting_rows(
+    shape: ModelConfig, training: Training, limit: int, *, is_auto: bool, process: int | None = None
+) -> tuple[int, int]:
     """(rows of a micro-batch, lanes) that fit: those of `training`, fewer rows where they are `auto`, fewer lanes.
+    `process` is what the stack was measured to take.
 
     Raises DoesNotFit with the memory by part and the nearest settings that fit.
     """
     candidates = [training, *_smaller(training, fewer_rows=is_auto)]
     for candidate in candidates:
-        if footprint(shape, candidate).total <= limit:
+        if footprint(shape, candidate, process=process).total <= limit:
             return candidate.rows, candidate.num_lanes
-    raise _does_not_fit(footprint(shape, candidates[-1]), shape, candidates[-1], limit)
+    raise _does_not_fit(footprint(shape, candidates[-1], process=process), shape, candidates[-1], limit)
+
+
+def smallest(training: Training, *, is_auto: bool) -> Training:
+    """What `fitting_rows` would try last."""
+    return [training, *_smaller(training, fewer_rows=is_auto)][-1]
 
 
 def _smaller(training: Training, *, fewer_rows: bool) -> Iterator[Training]:
@@ -62,7 +73,8 @@ def _smaller(training: Training, *, fewer_rows: bool) -> Iterator[Training]:
 
 
 def _does_not_fit(plan: Footprint, shape: ModelConfig, training: Training, limit: int) -> DoesNotFit:
-    words = next((words for words, easier in _easier(shape, training) if footprint(shape, easier).total <= limit), None)
+    found = ((words, footprint(shape, easy, process=plan.process)) for words, easy in easier(shape, training))
+    words = next((words for words, easy in found if easy.total <= limit), None)
     return DoesNotFit(
         "E-MEMORY",
         what=f"training needs {plan.total / 1e9:.2f} GB and there are {limit / 1e9:.2f} GB ({plan.words()})",
@@ -70,19 +82,25 @@ def _does_not_fit(plan: Footprint, shape: ModelConfig, training: Training, limit
     )
 
 
-def _easier(shape: ModelConfig, training: Training) -> Iterator[tuple[str, Training]]:
-    """Settings that need less and less memory, in the order of what they cost, each on top of those before."""
+def easier(shape: ModelConfig, training: Training) -> Iterator[tuple[str, Training]]:
+    """Settings that need less and less memory, in the order of what they cost, each on top of those before: lines of the
+    recipe, and what decides the memory then. Shorter rows and more ranks are each other's alternative."""
     words: list[str] = []
     for change, changes in _cheapest_first(training):
-        easier = replace(training, **changes)
-        if footprint(shape, easier).total < footprint(shape, training).total:  # bf16 has a copy of the weights
-            training = easier
+        found = replace(training, **changes)
+        if footprint(shape, found).total < footprint(shape, training).total:  # bf16 has a copy of the weights
+            training = found
             words.append(change)
             yield ", ".join(words), training
-    while training.row_length > LEAST_ROW:
-        length = training.row_length // 2
-        training = replace(training, row_length=length, batch_rows=2 * training.batch_rows)
-        yield ", ".join([*words, f"row_length: {length}"]), training
+    shorter = training
+    while shorter.row_length > LEAST_ROW:
+        length = shorter.row_length // 2
+        shorter = replace(shorter, row_length=length, batch_rows=2 * shorter.batch_rows)
+        yield ", ".join([*words, f"row_length: {length}"]), shorter
+    for shards in (2**power for power in range(1, MOST_SHARDS.bit_length())):
+        rows = max(1, training.batch_rows // shards)
+        spread = replace(training, num_shards=shards, batch_rows=rows, num_lanes=1)
+        yield ", ".join([*words, f"parallel.data_shard: {shards} on so many such devices"]), spread
 
 
 def _cheapest_first(training: Training) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -97,3 +115,10 @@ def _cheapest_first(training: Training) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "checkpoint_every left out", {"saves_while_training": False}
     if training.precision == "fp32" and machine.has_fast_bf16():
         yield "precision: bf16", {"precision": "bf16"}
+    if not training.may_adapt:
+        return
+    if training.adapter is None:
+        yield "adapter: lora", {"adapter": AdapterConfig(adapter="lora")}
+    if training.adapter is None or (training.adapter.adapter == "lora" and not training.adapter.is_pissa):
+        adapter = training.adapter or AdapterConfig()
+        yield "adapter: qlora", {"adapter": adapter.model_copy(update={"adapter": "qlora"})}

@@ -30,9 +30,10 @@ PROCESS = 360 << 20
 """Resident size of a process that has trained the smallest of models: what our stack takes for itself."""
 CUDA_PROCESS = 600 << 20
 """The same on a CUDA device: its context and its libraries' buffers. Never measured."""
-HEAP_SHARE, CUDA_HEAP_SHARE = 0.45, 0.05
-"""Memory that the allocator holds in pieces too small to use, as a share of what the passes need: glibc's between 0.2 and
-0.85 over the cases of the benchmark, CUDA's never measured."""
+HEAP_SHARE, CUDA_HEAP_SHARE = 0.5, 0.05
+"""Memory in holes that the allocator cannot use again, as a share of what is freed and asked for again. torch aligns to 64
+bytes, and glibc then never gives a hole to a tensor of the size that left it (0 of 40 in glibc 2.36). Fitted on every
+second case of benchmarks/plan.py; CUDA's never measured."""
 OWN_MAPPING = 32 << 20
 """Tensors of so many bytes get a mapping of their own from glibc and leave no pieces."""
 WORKSPACE_OF_MUON = 5
@@ -60,6 +61,10 @@ class Training:
     adapter: AdapterConfig | None = None
     """None trains every weight."""
     saves_while_training: bool = False
+    may_adapt: bool = False
+    """Whether a part of the weights could be trained instead of all: fine-tuning."""
+    num_shards: int = 1
+    """Ranks that hold a share each of weights, gradients and optimizer."""
 
     @property
     def item(self) -> int:
@@ -211,52 +216,83 @@ def trained_shapes(shape: ModelConfig, adapter: AdapterConfig | None) -> dict[st
     return trained
 
 
-def footprint(shape: ModelConfig, training: Training) -> Footprint:
-    """Memory of one rank that trains a model of this shape."""
+def footprint(shape: ModelConfig, training: Training, *, process: int | None = None) -> Footprint:
+    """Memory of one rank that trains a model of this shape; `process` is what its stack was measured to take."""
     shapes = parameter_shapes(shape)
-    num_whole = num_parameters(shape)
     trained = trained_shapes(shape, training.adapter)
     num_trained = sum(map(prod, trained.values()))
     copy = 0 if training.precision == "fp32" else training.item
-    moments = state_bytes(trained, training.optim)
-    average = 0 if training.optim.ema_decay is None else FP32 * num_trained
+    shards = training.num_shards
+    held = -(-num_trained // shards)
+    moments = state_bytes(trained, training.optim) // shards
+    average = 0 if training.optim.ema_decay is None else FP32 * held
+    frozen = _frozen_bytes(shapes, training, training.item)
+    weights = held * (FP32 + copy) + frozen if shards == 1 else held * FP32 + frozen // shards
     activations = training.num_lanes * activation_bytes(shape, training)
     logits = training.num_lanes * logits_bytes(shape, training)
     backward = training.num_lanes * _backward_bytes(shape, training)
     return Footprint(
-        process=CUDA_PROCESS if training.device == "cuda" else PROCESS,
-        start=FP32 * num_whole,
-        weights=num_trained * (FP32 + copy) + _frozen_bytes(shapes, training),
-        gradients=FP32 * num_trained,
+        process=process or (CUDA_PROCESS if training.device == "cuda" else PROCESS),
+        start=_start_bytes(shapes, training),
+        weights=weights + _gathered_bytes(shapes, training),
+        gradients=FP32 * held,
         optimizer=moments,
         average=average,
-        snapshot=FP32 * num_trained + moments + average if training.saves_while_training else 0,
+        snapshot=FP32 * held + moments + average if training.saves_while_training else 0,
         loader=2 * 3 * INT64 * training.batch_rows * training.row_length,
         activations=activations,
         logits=logits,
         backward=backward,
         apart=_gradients_apart(num_trained, training),
-        heap=int(_heap_share(shape, training) * (activations + logits + backward)),
+        heap=int(
+            _heap_share(shape, training) * (activations + logits + backward + _renewed(trained, moments, training))
+        ),
         step=_step_bytes(trained, training.optim),
     )
 
 
 def _gradients_apart(num_trained: int, training: Training) -> int:
-    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed."""
+    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed. With shards
+    they are whole until the last micro-batch of a step."""
+    if training.num_shards > 1:
+        return training.item * num_trained
     if training.num_lanes == 1 and training.precision == "fp32":
         return 0
     return training.num_lanes * training.item * num_trained
 
 
-def _frozen_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
-    """The base under an adapter: in the dtype of the products, its linear layers in 4 bits for qlora."""
+def _gathered_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
+    """What a rank with a share of the weights holds whole while it computes: embeddings and head, a block and the next."""
+    if training.num_shards == 1:
+        return 0
+    by_block: dict[str, int] = {}
+    for name, size in shapes.items():
+        block = name.partition(".layers.")[2].partition(".")[0]
+        by_block[block] = by_block.get(block, 0) + prod(size)
+    return training.item * (by_block.pop("") + 2 * max(by_block.values()))
+
+
+def _num_packed(shapes: Mapping[str, Shape], training: Training) -> int:
+    """Weights in 4 bits: those of the base's linear layers under qlora."""
+    if training.adapter is None or training.adapter.adapter != "qlora":
+        return 0
+    everywhere = training.adapter.model_copy(update={"lora_targets": ("*",)})
+    return sum(map(prod, adapted(shapes, everywhere).values()))
+
+
+def _frozen_bytes(shapes: Mapping[str, Shape], training: Training, item: int) -> int:
+    """The base under an adapter, what is not packed in numbers of `item` bytes."""
     if training.adapter is None:
         return 0
-    packed = 0
-    if training.adapter.adapter == "qlora":
-        everywhere = training.adapter.model_copy(update={"lora_targets": ("*",)})
-        packed = sum(map(prod, adapted(shapes, everywhere).values()))
-    return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * training.item
+    packed = _num_packed(shapes, training)
+    return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * item
+
+
+def _start_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
+    """Weights in fp32 as they were read; a GPU is given what is packed already."""
+    if training.device == "cuda" and _num_packed(shapes, training):
+        return _frozen_bytes(shapes, training, FP32)
+    return FP32 * sum(map(prod, shapes.values()))
 
 
 def activation_bytes(shape: ModelConfig, training: Training) -> int:
@@ -404,6 +440,16 @@ def _backward_bytes(shape: ModelConfig, training: Training) -> int:
     if training.adapter is not None and training.adapter.adapter == "qlora":
         unpacked = UNPACKING_BYTES * shape.hidden_size * max(inner, _Sizes(shape).queries)
     return max(mlp, scores) + unpacked
+
+
+def _renewed(trained: Mapping[str, Shape], moments: int, training: Training) -> int:
+    """Gradients, asked for anew in each step, and moments, asked for between them, where they lie among the activations:
+    lanes have heaps of their own, large tensors a mapping, and the copy that is saved fills the holes."""
+    if training.num_lanes > 1 or training.saves_while_training or training.device == "cuda":
+        return 0
+    whole = sum(map(prod, trained.values()))
+    small = sum(prod(size) for size in trained.values() if FP32 * prod(size) < OWN_MAPPING)
+    return FP32 * small + moments * small // max(1, whole)
 
 
 def _heap_share(shape: ModelConfig, training: Training) -> float:
