@@ -82,8 +82,9 @@ def pretrain(work: Work) -> dict[str, Any]:
         compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()
+    num_parameters, num_active = model.num_parameters(), model.num_active_parameters()  # before ranks share them
     training = TrainingRun(job)
-    work.log.say(describe_run(STAGE, training, model.num_parameters(), rows.train.rows_per_epoch))
+    work.log.say(describe_run(STAGE, training, num_parameters, rows.train.rows_per_epoch))
     packing = packing_figures(rows.train)
     if config.packing == "best_fit":
         work.log.say(
@@ -97,13 +98,13 @@ def pretrain(work: Work) -> dict[str, Any]:
         return outcome.figures
     save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
     summary = {
-        "num_parameters": model.num_parameters(),
+        "num_parameters": num_parameters,
         **outcome.figures,
         "stage_seconds": time.monotonic() - began,
         "packing": packing,
     }
     if shape.num_experts is not None:
-        summary["num_active_parameters"] = model.num_active_parameters()
+        summary["num_active_parameters"] = num_active
     if isinstance(rows.train, MixedRows):
         summary["sources"] = source_figures(rows.train, summary["steps"] * batch_rows)
     write_summary(attempt.folder, summary)
