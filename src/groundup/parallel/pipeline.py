@@ -136,10 +136,12 @@ class Pipeline:
         finally:
             self._compute = None
 
-    def _make(self, num_micro_batches: int, hidden_shape: torch.Size) -> ScheduleGPipe | ScheduleInterleaved1F1B:
+    def _make(
+        self, num_micro_batches: int, hidden_shape: torch.Size
+    ) -> ScheduleGPipe | Schedule1F1B | ScheduleInterleaved1F1B:
         hidden_BTD = torch.empty(hidden_shape, dtype=self._dtype, device="meta", requires_grad=True)
         number, loss = torch.zeros(1, dtype=torch.int64), torch.zeros((), device="meta", requires_grad=True)
-        stages: list[PipelineStage] = [
+        stages = [
             _Stage(
                 _StageModule(self, stage),
                 stage,
@@ -151,11 +153,10 @@ class Pipeline:
             )
             for stage in self.stages
         ]
-        options = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if self._schedule == "interleaved":
-            return ScheduleInterleaved1F1B(stages, num_micro_batches, **options)
+            return ScheduleInterleaved1F1B([*stages], num_micro_batches, loss_fn=_own_loss, scale_grads=False)
         single = ScheduleGPipe if self._schedule == "gpipe" else Schedule1F1B
-        return single(stages[0], num_micro_batches, **options)
+        return single(stages[0], num_micro_batches, loss_fn=_own_loss, scale_grads=False)
 
     def compute(self, stage: int, number: int, x_BTD: Tensor | None) -> Tensor:
         """As the caller of `run` does."""
@@ -204,6 +205,11 @@ class Pipeline:
         return torch.Size((rows, length // self._mesh.degrees["tensor"], self._model.config.hidden_size))
 
 
+def _own_loss(loss: Tensor, _: Tensor) -> Tensor:
+    """The last stage gives it."""
+    return loss
+
+
 class _StageModule(nn.Module):
     """A stage as torch calls it. The model is not a part of it: torch would take FSDP's work into its own hands."""
 
@@ -222,5 +228,6 @@ class _Stage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        assert isinstance(self.submod, _StageModule)
         self.submod.sum_gradients_now(last_backward)
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)

@@ -34,7 +34,7 @@ class PipelineEngine(SpreadEngine):
             owner = self.holdings[TIED].owner % (mesh.size // mesh.degrees["pipeline"])
             self.holdings[TIED] = replace(self.holdings[TIED], owner=owner)
         for name, copy in copies.items():
-            copy.register_post_accumulate_grad_hook(self._adder(name))
+            copy.register_post_accumulate_grad_hook(self._adder(name))  # type: ignore[no-untyped-call]
         return masters, copies
 
     def _adder(self, name: str) -> Callable[[Tensor], None]:
