@@ -12,7 +12,7 @@ from groundup.parallel.world import World
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
 
 WORK = Path(work_reshard.__file__)
-ONE, SHARDS = {}, {"data_shard": 2}
+ONE, SHARDS, STAGES = {}, {"data_shard": 2}, {"pipeline": 2}
 
 
 @pytest.fixture
@@ -47,6 +47,20 @@ def test_two_to_one_to_two(train, optimizer):
     assert found["step"] == 8 and not found["is_exact"]
     events = [json.loads(line) for line in (train.folder / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events].count("world") == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stages_to_one_to_shards(train, optimizer):
+    options = {"optimizer": optimizer, "muon_lr": 0.01, "ema_decay": 0.5}
+    whole = train(6, ONE, folder="alone", **options)
+    train(2, STAGES, **options)
+    train(3, ONE, **options)
+    train(4, SHARDS, **options)
+    found = train(6, STAGES, **options)
+    rel = 1e-5 if optimizer == "adamw" else 1e-3
+    assert found["losses"] == pytest.approx(whole["losses"], rel=rel)
+    assert found["val"] == pytest.approx(whole["val"], rel=rel)
+    assert found["weights"] == pytest.approx(whole["weights"], rel=10 * rel)
 
 
 def test_the_same_mesh_ends_in_the_same_bits(train):

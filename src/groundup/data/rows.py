@@ -60,6 +60,27 @@ class RowBatch:
         counts = (0,) * len(self.counts)
         return replace(self, labels_BT=torch.full_like(self.labels_BT, IGNORE_INDEX), num_loss_tokens=0, counts=counts)
 
+    def padded(self, num_rows: int) -> "RowBatch":
+        """These rows, and behind them rows of one document with nothing to learn: so many in all."""
+        missing = num_rows - len(self)
+        if missing == 0:
+            return self
+
+        def with_more(rows: Tensor, value: int) -> Tensor:
+            return torch.cat((rows, rows.new_full((missing, *rows.shape[1:]), value)))
+
+        segments, sources = self.segments, self.sources
+        max_documents = None if segments.max_documents is None else segments.max_documents + missing
+        return replace(
+            self,
+            tokens_BT=with_more(self.tokens_BT, 0),
+            labels_BT=with_more(self.labels_BT, IGNORE_INDEX),
+            segments=replace(segments, starts_BT=with_more(segments.starts_BT, 0), max_documents=max_documents),
+            counts=(*self.counts, *(0,) * missing) if self.counts else (),
+            sources=sources
+            and RowSources(sources.names, (*sources.numbers, *(0,) * missing), with_more(sources.numbers_B, 0)),
+        )
+
     def to(self, device: str) -> "RowBatch":
         """The same rows on a device; from pinned memory the copy runs beside what the device computes."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=device != "cpu"))

@@ -1,7 +1,8 @@
 """The whole model: embedding, blocks, final norm, and a head that gives losses (training) or logits (generation)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,14 @@ from groundup.model.segments import Segments
 from groundup.model.token_reader import TokenReader, fuse_for_reading, is_plain
 
 
+class Hidden(NamedTuple):
+    """What a part of the model gives that is not its end."""
+
+    h_BTD: Tensor
+    expert_load_LE: Tensor | None
+    """As in `LossSums`, of the part's layers."""
+
+
 class Decoder(nn.Module):
     """Tokens to hidden states."""
 
@@ -52,16 +61,32 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens_BT: Tensor, segments: Segments, routings: list[Routing] | None = None) -> Tensor:
-        """Hidden states (B, T, D); where the layers with experts sent the tokens is appended to `routings`."""
-        x_BTD = self.dropout(self.embed_tokens(tokens_BT))
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments: Segments,
+        routings: list[Routing] | None = None,
+        *,
+        x_BTD: Tensor | None = None,
+        layers: range | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, D); where the layers with experts sent the tokens is appended to `routings`.
+
+        `layers` asks for a part of the model: from `x_BTD`, or from the tokens where it begins the model, to what is
+        behind these layers; the norm belongs to the last one.
+        """
+        if x_BTD is None:
+            x_BTD = self.dropout(self.embed_tokens(tokens_BT))
+        dtype, blocks = x_BTD.dtype, self._blocks(layers)
         cos_BTK, sin_BTK = model_rope_table(segments.position_ids_BT, self.config, segments)
-        walls = self._each(lambda maker, window: walls_of(maker, segments, window, x_BTD.dtype))
-        for layer, own_walls in zip(self.layers, walls, strict=True):
+        walls = self._each(blocks, lambda maker, window: walls_of(maker, segments, window, dtype))
+        for layer, own_walls in zip(blocks, walls, strict=True):
             out = layer(x_BTD, cos_BTK, sin_BTK, own_walls)
             x_BTD = out[0] if isinstance(out, tuple) else out
             if isinstance(out, tuple) and routings is not None:
                 routings.append(out[1])
+        if layers is not None and layers.stop < self.config.num_hidden_layers:
+            return x_BTD
         return self.norm(x_BTD)
 
     def forward_cached(self, tokens_BT: Tensor, num_new_B: Tensor, cache: KVCache) -> Tensor:
@@ -69,17 +94,21 @@ class Decoder(nn.Module):
         x_BTD = self.embed_tokens(tokens_BT)
         positions_BT = cache.advance(num_new_B.tolist(), tokens_BT.shape[1])
         cos_BTK, sin_BTK = model_rope_table(positions_BT, self.config)
-        biases = self._each(lambda _, window: cache.bias_B1TS(positions_BT, x_BTD.dtype, window))
-        for layer, bias_B1TS, layer_cache in zip(self.layers, biases, cache.layers, strict=True):
+        blocks = self._blocks(None)
+        biases = self._each(blocks, lambda _, window: cache.bias_B1TS(positions_BT, x_BTD.dtype, window))
+        for layer, bias_B1TS, layer_cache in zip(blocks, biases, cache.layers, strict=True):
             out = layer(x_BTD, cos_BTK, sin_BTK, bias_B1TS, layer_cache)
             x_BTD = out[0] if isinstance(out, tuple) else out
         return self.norm(x_BTD)
 
-    def _each(self, make: Callable[[AttentionMaker, int | None], Walls]) -> list[Walls]:
+    def _blocks(self, layers: range | None) -> list[nn.Module]:
+        return [*self.layers] if layers is None else [self.layers.get_submodule(str(layer)) for layer in layers]
+
+    def _each(self, blocks: Sequence[nn.Module], make: Callable[[AttentionMaker, int | None], Walls]) -> list[Walls]:
         """What each layer is given as its walls; layers with the same maker and window share them."""
         makers: list[tuple[AttentionMaker, int | None]] = [
             (layer.self_attn.maker, layer.self_attn.window)  # type: ignore[union-attr, misc]
-            for layer in self.layers
+            for layer in blocks
         ]
         made = {key: make(*key) for key in dict.fromkeys(makers)}
         return [made[key] for key in makers]
@@ -110,13 +139,18 @@ class CausalLM(nn.Module):
         *,
         num_loss_tokens: int | None = None,
         grad_scale: float = 1.0,
-    ) -> LossSums:
+        x_BTD: Tensor | None = None,
+        layers: range | None = None,
+    ) -> LossSums | Hidden:
         """Losses of the labels: `labels_BT[b, t]` is what position t must predict, -100 where nothing.
 
-        `num_loss_tokens` is the number of labels that are not -100, where the caller knows it.
+        `num_loss_tokens` is the number of labels that are not -100, where the caller knows it. Of a part of the model,
+        asked for as of the decoder, hidden states unless it has the last layer.
         """
         routings: list[Routing] = []
-        h_BTD = self.model(tokens_BT, segments, routings)
+        h_BTD = self.model(tokens_BT, segments, routings, x_BTD=x_BTD, layers=layers)
+        if layers is not None and layers.stop < self.config.num_hidden_layers:
+            return Hidden(h_BTD, self._load(routings, labels_BT, segments) if routings else None)
         sums = linear_cross_entropy(
             h_BTD,
             self.lm_head.weight,
@@ -129,9 +163,7 @@ class CausalLM(nn.Module):
         return self._with_balance(sums, routings, labels_BT, segments) if routings else sums
 
     def _with_balance(self, sums: LossSums, routings: list[Routing], labels_BT: Tensor, segments: Segments) -> LossSums:
-        config = self.config
-        add_up = rows_are_whole if segments.queries is None else self.sum_over_rows
-        assert add_up is not None, "a part of the rows without the others"
+        config, add_up = self.config, self._row_sum(segments)
         counted_BT = counted_tokens(labels_BT, segments, add_up)
         weight_B = add_up((labels_BT != IGNORE_INDEX).float().sum(1))
         loss_sum, extras = sums.loss_sum, dict(sums.extras)
@@ -144,22 +176,37 @@ class CausalLM(nn.Module):
         extras = {name: value.detach() for name, value in extras.items()}
         return replace(sums, loss_sum=loss_sum, extras=extras, expert_load_LE=expert_load(routings, counted_BT))
 
+    def _row_sum(self, segments: Segments) -> RowSum:
+        add_up = rows_are_whole if segments.queries is None else self.sum_over_rows
+        assert add_up is not None, "a part of the rows without the others"
+        return add_up
+
+    def _load(self, routings: list[Routing], labels_BT: Tensor, segments: Segments) -> Tensor:
+        return expert_load(routings, counted_tokens(labels_BT, segments, self._row_sum(segments)))
+
     def extra_terms(self) -> tuple[str, ...]:
         """Names of the objective's terms beside the negative log-likelihood: the keys of `LossSums.extras`."""
         weights = {LOAD_BALANCE: self.config.router_aux_loss_coef, ROUTER_Z: self.config.router_z_loss_coef}
-        of_routers = (name for name, weight in weights.items() if weight and self._sparse_mlps())
+        of_routers = (name for name, weight in weights.items() if weight and self.sparse_layers)
         return (*self.loss_options.terms(), *of_routers)
 
     def no_totals(self, device: torch.device | str) -> dict[str, Tensor]:
         """`LossSums.totals` of no token: zeros under every name."""
         totals = {name: torch.zeros((), device=device) for name in (NLL, *self.extra_terms())}
-        if sparse := self._sparse_mlps():
+        if self.sparse_layers:
             assert self.config.num_experts is not None
-            totals[EXPERT_LOAD] = torch.zeros(len(sparse), self.config.num_experts, device=device)
+            totals[EXPERT_LOAD] = torch.zeros(len(self.sparse_layers), self.config.num_experts, device=device)
         return totals
 
-    def _sparse_mlps(self) -> list[SparseMLP]:
-        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, SparseMLP)]
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Numbers of the layers with experts, those that are not held here among them."""
+        return [layer for layer in range(self.config.num_hidden_layers) if self.config.is_sparse(layer)]
+
+    def _sparse_mlps(self) -> dict[int, SparseMLP]:
+        """Those that are held here, by layer."""
+        blocks = self.model.layers.named_children()
+        return {int(layer): block.mlp for layer, block in blocks if isinstance(block.mlp, SparseMLP)}
 
     def balance_biases(self) -> dict[str, nn.Parameter]:
         """The biases that `balance_experts` moves, by name: those of routers that are trained."""
@@ -173,7 +220,9 @@ class CausalLM(nn.Module):
     def balance_experts(self, expert_load_LE: Tensor) -> None:
         """Raise the bias of every expert that a step's whole batch gave too little, lower that of one with too much,
         by one fixed step (Wang et al., arXiv:2408.15664). Frozen routers keep theirs."""
-        for mlp, load_E in zip(self._sparse_mlps(), expert_load_LE, strict=True):
+        load_of = dict(zip(self.sparse_layers, expert_load_LE, strict=True))
+        for layer, mlp in self._sparse_mlps().items():
+            load_E = load_of[layer]
             if mlp.gate.has_bias and mlp.gate.weight.requires_grad:
                 step_E = self.config.router_bias_update_rate * (load_E.mean() - load_E).sign()
                 mlp.gate.e_score_correction_bias.add_(step_E)
@@ -256,7 +305,7 @@ class CausalLM(nn.Module):
         """Parameters that one token meets: of the experts, those it is given to. `min_dims=2` counts matrices only."""
         num_idle = sum(
             parameter.numel() // len(parameter) * (len(parameter) - mlp.gate.num_chosen)
-            for mlp in self._sparse_mlps()
+            for mlp in self._sparse_mlps().values()
             for parameter in mlp.experts.parameters()
         )
         return sum(parameter.numel() for parameter in self.parameters() if parameter.dim() >= min_dims) - num_idle

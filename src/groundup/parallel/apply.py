@@ -20,15 +20,19 @@ def apply(
     world: World | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Tensor, context, experts; recompute, then compile, then shard, each block in place: no name of a parameter changes.
+    """Pipeline, tensor, context, experts; recompute, then compile, then shard, each block in place: no name of a parameter changes.
 
     In this order, so that the compiler sees what is computed again, and FSDP what is compiled. Before the optimizer is
-    made. `dtype` is what shards are computed in. Raises ConfigError for what a dimension of the mesh does not go with:
+    made. `dtype` is what shards are computed in. Raises ConfigError for what a dimension of the mesh does not go with: fewer layers than stages,
     whole blocks computed again, compiled, under tensor parallelism (torch 2.13 fails on it), dropout there, an
     attention maker that context parallelism does not know.
     """
     mesh = world.mesh if world is not None else Mesh()
     # late imports: of what they bring a run on one rank needs nothing
+    if world is not None and mesh.has("pipeline"):
+        from groundup.parallel.pipeline import cut_into_stages
+
+        cut_into_stages(model, mesh, world.parallel.pipeline_schedule)
     if mesh.has("tensor"):
         from groundup.parallel.tensor import shard_tensors
 

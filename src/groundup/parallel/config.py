@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from groundup.base.config import COSMETIC, Config
 
 Dim = Literal["pipeline", "data_replicate", "data_shard", "expert", "context", "tensor"]
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
 DIMS: tuple[Dim, ...] = ("pipeline", "data_replicate", "data_shard", "expert", "context", "tensor")
 """Dimensions of the mesh, the outermost first: ranks that talk most lie closest together."""
 REST = -1
@@ -27,6 +28,9 @@ class ParallelConfig(Config):
     """Ranks that share each product, each with its heads and columns, and the tokens between them."""
     pipeline: Degree = 1
     """Ranks that hold a run of layers each and pass micro-batches on."""
+    pipeline_schedule: Schedule = Field("1f1b", json_schema_extra=COSMETIC)
+    """With pipeline: all micro-batches forward, then all backward (gpipe); one forward, one backward in turn (1f1b), which
+    keeps fewer of them at a time; the same with two shorter runs of layers a rank (interleaved), whose ranks wait less."""
     expert: Degree = 1
     """Ranks that share a batch and hold a share of the experts each; tokens travel to their experts."""
     context: Degree = 1

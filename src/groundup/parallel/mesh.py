@@ -149,6 +149,15 @@ def check_mesh(degrees: Mapping[Dim, int], shape: ModelConfig, *, row_length: in
             f"there are {shape.num_hidden_layers} layers",
             f"set parallel.pipeline: {shape.num_hidden_layers} or fewer",
         )
+    if degrees["pipeline"] > 1 and shape.num_experts is not None:
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(shape, name):
+                raise _cannot(
+                    "pipeline",
+                    degrees["pipeline"],
+                    f"{name}={getattr(shape, name)} is a loss of layers that the last rank does not have",
+                    f"set {name}: 0",
+                )
     for dim in ("tensor", "pipeline", "expert"):
         if has_adapter and degrees[dim] > 1:
             raise _cannot(

@@ -127,10 +127,12 @@ def shard_tensors(model: CausalLM, mesh: Mesh) -> None:
     for layer in model.model.layers:
         mlp: nn.Module = layer.mlp  # type: ignore[assignment]
         _put(mlp, along, sparse_plan() if isinstance(mlp, SparseMLP) else mlp_plan())
-    model.model.embed_tokens.register_forward_pre_hook(partial(_refuse_uneven_rows, degree))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.vocabulary_shard = _vocabulary_shard(model, mesh)
+    if "model.embed_tokens" in names:
+        model.model.embed_tokens.register_forward_pre_hook(partial(_refuse_uneven_rows, degree))
+    if "lm_head" in names:
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.vocabulary_shard = _vocabulary_shard(model, mesh)
 
 
 def _put(module: nn.Module, along: DeviceMesh, styles: Mapping[str, ParallelStyle]) -> None:

@@ -100,9 +100,11 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()
+    # before ranks share them
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_active = model.num_active_parameters()
     training = TrainingRun(job)
-    trained = sum(p.numel() for p in training.engine.masters.values())
-    work.log.say(describe_run(stage, training, trained, source.rows_per_epoch))
+    work.log.say(describe_run(stage, training, trained, num_active, source.rows_per_epoch))
     outcome = training.run()
     if not work.world.is_first:
         return outcome.figures

@@ -82,8 +82,9 @@ def pretrain(work: Work) -> dict[str, Any]:
         compare_every=recipe.parallel.check_every,
     )
     began = time.monotonic()
+    num_parameters, num_active = model.num_parameters(), model.num_active_parameters()  # before ranks share them
     training = TrainingRun(job)
-    work.log.say(describe_run(STAGE, training, model.num_parameters(), rows.train.rows_per_epoch))
+    work.log.say(describe_run(STAGE, training, num_parameters, num_active, rows.train.rows_per_epoch))
     packing = packing_figures(rows.train)
     if config.packing == "best_fit":
         work.log.say(
@@ -97,13 +98,13 @@ def pretrain(work: Work) -> dict[str, Any]:
         return outcome.figures
     save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
     summary = {
-        "num_parameters": model.num_parameters(),
+        "num_parameters": num_parameters,
         **outcome.figures,
         "stage_seconds": time.monotonic() - began,
         "packing": packing,
     }
     if shape.num_experts is not None:
-        summary["num_active_parameters"] = model.num_active_parameters()
+        summary["num_active_parameters"] = num_active
     if isinstance(rows.train, MixedRows):
         summary["sources"] = source_figures(rows.train, summary["steps"] * batch_rows)
     write_summary(attempt.folder, summary)
@@ -147,11 +148,10 @@ def _rates_found(training: TrainingRun) -> str:
     )
 
 
-def describe_run(name: str, training: TrainingRun, num_parameters: int, rows_per_epoch: int) -> str:
+def describe_run(name: str, training: TrainingRun, num_parameters: int, num_active: int, rows_per_epoch: int) -> str:
     """One line on what is about to be trained, with every `auto` resolved."""
     resolved, config = training.resolved, training.config
     epochs = resolved.total_steps * resolved.batch_rows / rows_per_epoch
-    num_active = training.job.model.num_active_parameters()
     at_work = f" ({num_active:,} at work for a token)" if num_active < num_parameters else ""
     return (
         f"{name}  {num_parameters:,} parameters{at_work}  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "

@@ -66,9 +66,13 @@ class SpreadEngine(TorchEngine):
             seed = seed_of(begin) + self.world.mesh.coordinates["context"]  # other tokens, other masks
             self._merge(totals, *self._accumulate(part, divisor, seed))
         if not self._copies:
-            for name, parameter in self._trained().items():
-                self.masters[name].grad = local_gradient(parameter)
-                parameter.grad = None
+            self._take_gradients()
+
+    def _take_gradients(self) -> None:
+        """From the model's parameters to the masters."""
+        for name, parameter in self._trained().items():
+            self.masters[name].grad = local_gradient(parameter)
+            parameter.grad = None
 
     def _parts(self, batch: RowBatch) -> list[tuple[int, RowBatch]]:
         """This rank's micro-batches, each with the number of its first row."""

@@ -67,6 +67,11 @@ CASES = (
     Case({"tensor": 2}, dtype="bf16"),
     Case({"context": 2}),
     Case({"expert": 2}, needs_experts=True),
+    Case({"pipeline": 2}),
+    Case({"pipeline": 2, "pipeline_schedule": "gpipe"}),
+    Case({"pipeline": 2, "pipeline_schedule": "interleaved"}),
+    Case({"pipeline": 2}, optimizer="muon"),
+    Case({"pipeline": 2}, dtype="bf16"),
     Case({"data_replicate": 2, "data_shard": 2}),
     Case({"data_replicate": 2, "tensor": 2}),
     Case({"data_shard": 2, "tensor": 2}),
@@ -74,6 +79,12 @@ CASES = (
     Case({"data_shard": 2, "context": 2}),
     Case({"data_replicate": 2, "expert": 2}, needs_experts=True),
     Case({"data_shard": 2, "expert": 2}, needs_experts=True),
+    Case({"pipeline": 2, "data_replicate": 2}),
+    Case({"pipeline": 2, "tensor": 2}),
+    Case({"pipeline": 2, "context": 2}),
+    Case({"pipeline": 2, "data_shard": 2}),
+    Case({"pipeline": 2, "pipeline_schedule": "gpipe", "data_shard": 2}),
+    Case({"pipeline": 2, "pipeline_schedule": "interleaved", "data_shard": 2}),
 )
 
 
