@@ -248,7 +248,7 @@ class CausalLM(nn.Module):
         now and the cache: use it for one text, without other calls on that cache.
         """
         modules = (*self.model.children(), *self.model.layers.modules(), self.lm_head)
-        if not is_plain(modules):
+        if not is_plain(modules) or self.lm_head.bias is not None:
             return lambda tokens_B: self.next_logits(tokens_B[:, None], torch.ones_like(tokens_B), cache)
         blocks = [block for block in self.model.layers if isinstance(block, Block)]
         decoder = self.model
