@@ -32,8 +32,8 @@ CUDA_PROCESS = 600 << 20
 """The same on a CUDA device: its context and its libraries' buffers. Never measured."""
 HEAP_SHARE, CUDA_HEAP_SHARE = 0.5, 0.05
 """Memory in holes that the allocator cannot use again, as a share of what the passes need. torch aligns to 64 bytes, and
-glibc then never gives a hole to a tensor of the size that left it (0 of 40 in glibc 2.36). Looked at on the even cases of
-benchmarks/plan.py; CUDA's never measured."""
+glibc then never gives a hole to a tensor of the size that left it (0 of 40 in glibc 2.36). Fitted on the even cases of
+benchmarks/plan.py that are not held out; CUDA's never measured."""
 HOLES_OF_THE_HEAD = 4
 """Tensors of the head's size that a backward pass makes one after another, each in a place of its own: the head's gradient,
 the embedding's, their sum, and what is kept of it."""
