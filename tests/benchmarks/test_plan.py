@@ -29,8 +29,8 @@ def test_plans_that_miss_are_judged_so(capsys):
     def outcome(number, planned, **times):
         return Outcome(number, "made up", Footprint(**parts | {"process": planned}), 100, **times)
 
-    assert judge([outcome(0, 100), outcome(1, 104), outcome(2, 109)])
-    assert not judge([outcome(0, 100), outcome(1, 104), outcome(2, 111)]), "the worst"
+    assert judge([outcome(0, 100), outcome(1, 109), outcome(2, 104)])
+    assert not judge([outcome(0, 100), outcome(1, 111), outcome(2, 104)]), "the worst"
     assert not judge([outcome(0, 106), outcome(1, 94), outcome(2, 100), outcome(3, 106)]), "the median"
     assert not judge([outcome(0, 100, probed_seconds=1.2, run_seconds=1.0)]), "the time"
     assert judge([outcome(0, 100, probed_seconds=1.05, run_seconds=1.0)])

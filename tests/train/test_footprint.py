@@ -16,6 +16,8 @@ from groundup.optim.config import OptimConfig
 from groundup.train.engine import TorchEngine
 from groundup.train.footprint import (
     HEAP_SHARE,
+    HOLES_OF_AN_ADAPTER,
+    HOLES_OF_THE_HEAD,
     OWN_MAPPING,
     Training,
     activation_bytes,
@@ -202,8 +204,7 @@ def test_every_option_moves_its_part():
     shape = shape_of("qwen3")
     plain = footprint(shape, training_of())
     saving = footprint(shape, training_of(saves_while_training=True))
-    assert saving.snapshot == plain.weights + plain.optimizer
-    assert saving.total == plain.total + saving.snapshot - (plain.heap - saving.heap)
+    assert saving.snapshot == plain.weights + plain.optimizer and saving.total == plain.total + saving.snapshot
     averaged = footprint(shape, training_of(optim=OptimConfig(ema_decay=0.9)))
     assert averaged.average == averaged.gradients == averaged.total - plain.total
     lanes = footprint(shape, training_of(num_lanes=2))
@@ -218,20 +219,24 @@ def test_every_option_moves_its_part():
     assert "activations" in words and "snapshot" not in words
 
 
-def test_holes_are_left_by_what_is_asked_for_again():
-    """Activations, and where they share its heap, gradients and moments; nothing that has a mapping of its own."""
+def test_holes_are_left_by_passes_and_by_tensors_of_the_heads_size():
     shape = shape_of("qwen3")
     plain = footprint(shape, training_of())
     passes = plain.activations + plain.logits + plain.backward
-    assert plain.heap == int(HEAP_SHARE * (passes + plain.gradients + plain.optimizer))
-    for changes in ({"num_lanes": 2}, {"saves_while_training": True}):
-        other = footprint(shape, training_of(**changes))
-        assert other.heap == int(HEAP_SHARE * (other.activations + other.logits + other.backward))
+    head = 4 * shape.vocab_size * shape.hidden_size
+    assert plain.heap == int(HEAP_SHARE * passes) + HOLES_OF_THE_HEAD * head
+    block = footprint(shape, training_of(activation_checkpointing="block"))
+    again = block.activations + block.logits + block.backward + plain.activations / shape.num_hidden_layers
+    assert block.heap == pytest.approx(HEAP_SHARE * again + HOLES_OF_THE_HEAD * head, rel=0.05)
+    adapted = footprint(shape, training_of(adapter=AdapterConfig(adapter="lora")))
+    outputs = 2 * (64 + 32 + 32 + 48 + 100 + 100 + 48)
+    let_go = int(HOLES_OF_AN_ADAPTER * ROWS * LENGTH * 4 * outputs)
+    assert adapted.heap == int(HEAP_SHARE * (adapted.activations + adapted.logits + adapted.backward)) + let_go
     wide = shape.model_copy(update={"vocab_size": OWN_MAPPING // 4 // shape.hidden_size + 1})
-    found = footprint(wide, training_of(optim=OptimConfig(optimizer="adamw")))
-    small = found.gradients - 4 * wide.vocab_size * wide.hidden_size
-    expected = HEAP_SHARE * (found.activations + found.logits + found.backward + 3 * small)
-    assert found.heap == pytest.approx(expected, rel=1e-4)
+    mapped = footprint(wide, training_of())
+    assert mapped.heap == int(HEAP_SHARE * (mapped.activations + mapped.logits + mapped.backward))
+    long = footprint(shape, training_of(row_length=1 << 17))
+    assert long.heap == HOLES_OF_THE_HEAD * head, "large tensors leave none"
 
 
 def test_shards_hold_a_share_of_all_that_lasts():
@@ -257,3 +262,16 @@ def test_a_gpu_is_given_what_is_packed_already():
             for kind in ("lora", "qlora")
         )
         assert (qlora.start < lora.start) == (device == "cuda")
+
+
+def test_large_stacks_of_muon_lie_beside_the_heap():
+    shape = shape_of("qwen3")
+    layers = OWN_MAPPING // (4 * shape.intermediate_size * shape.hidden_size) + 1
+    muon, adamw = OptimConfig(optimizer="muon"), OptimConfig(optimizer="adamw")
+    deep = shape.model_copy(update={"num_hidden_layers": layers})
+    stack = 4 * 2 * layers * shape.intermediate_size * shape.hidden_size
+    found = footprint(deep, training_of(optim=muon))
+    assert (found.beside, found.step) == (4 * stack, stack)
+    passes = found.activations + found.logits + found.backward
+    assert found.total == found.process + found.lasting + max(passes, stack) + found.heap + 4 * stack
+    assert footprint(deep, training_of(optim=adamw)).beside == footprint(shape, training_of(optim=muon)).beside == 0

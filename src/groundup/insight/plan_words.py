@@ -29,6 +29,7 @@ PART_WORDS = {
     "apart": "gradients not summed yet",
     "heap": "what the allocator cannot use again",
     "step": "the optimizer's own, in its turn",
+    "beside": "the optimizer's large stacks",
 }
 
 

@@ -31,13 +31,19 @@ PROCESS = 360 << 20
 CUDA_PROCESS = 600 << 20
 """The same on a CUDA device: its context and its libraries' buffers. Never measured."""
 HEAP_SHARE, CUDA_HEAP_SHARE = 0.5, 0.05
-"""Memory in holes that the allocator cannot use again, as a share of what is freed and asked for again. torch aligns to 64
-bytes, and glibc then never gives a hole to a tensor of the size that left it (0 of 40 in glibc 2.36). Fitted on every
-second case of benchmarks/plan.py; CUDA's never measured."""
+"""Memory in holes that the allocator cannot use again, as a share of what the passes need. torch aligns to 64 bytes, and
+glibc then never gives a hole to a tensor of the size that left it (0 of 40 in glibc 2.36). Fitted on the even cases of
+benchmarks/plan.py that are not held out; CUDA's never measured."""
+HOLES_OF_THE_HEAD = 4
+"""Tensors of the head's size that a backward pass makes one after another, each in a place of its own: the head's gradient,
+the embedding's, their sum, and what is kept of it."""
+HOLES_OF_AN_ADAPTER = 1.5
+"""Tensors of its layer's output that an adapter's forward pass lets go of, the layer's own result and the addition before it
+is scaled, as far as no other finds room in them (fitted on two cases: 0.8 and 2.2)."""
 OWN_MAPPING = 32 << 20
 """Tensors of so many bytes get a mapping of their own from glibc and leave no pieces."""
-WORKSPACE_OF_MUON = 5
-"""Copies of the matrices of one shape in its Newton-Schulz steps."""
+WORKSPACE_OF_MUON, STACKS_OF_MUON = 5, 4
+"""Copies of the matrices of one shape in its Newton-Schulz steps, and those of them that are one tensor."""
 WORKSPACE_OF_A_TENSOR = {"torchao": 4, "adafactor": 4, "bitsandbytes": 5}
 """Copies of a tensor in fp32 while its 8-bit or factored state is unfolded."""
 
@@ -108,6 +114,8 @@ class Footprint:
     """What the allocator cannot use again."""
     step: int
     """What the optimizer's step holds for itself."""
+    beside: int = 0
+    """What it holds in mappings of its own, beside what the passes left in the heap."""
 
     @property
     def lasting(self) -> int:
@@ -118,7 +126,7 @@ class Footprint:
     def total(self) -> int:
         """The peak."""
         passes = max(self.activations + self.logits + self.backward, self.apart)
-        return self.process + max(self.start, self.lasting + max(passes, self.step) + self.heap)
+        return self.process + max(self.start, self.lasting + max(passes, self.step) + self.heap + self.beside)
 
     def words(self) -> str:
         """Every part of at least a hundredth, in MB."""
@@ -228,6 +236,7 @@ def footprint(shape: ModelConfig, training: Training, *, process: int | None = N
     average = 0 if training.optim.ema_decay is None else FP32 * held
     frozen = _frozen_bytes(shapes, training, training.item)
     weights = held * (FP32 + copy) + frozen if shards == 1 else held * FP32 + frozen // shards
+    step, beside = _step_bytes(trained, training.optim)
     activations = training.num_lanes * activation_bytes(shape, training)
     logits = training.num_lanes * logits_bytes(shape, training)
     backward = training.num_lanes * _backward_bytes(shape, training)
@@ -244,10 +253,9 @@ def footprint(shape: ModelConfig, training: Training, *, process: int | None = N
         logits=logits,
         backward=backward,
         apart=_gradients_apart(num_trained, training),
-        heap=int(
-            _heap_share(shape, training) * (activations + logits + backward + _renewed(trained, moments, training))
-        ),
-        step=_step_bytes(trained, training.optim),
+        heap=_heap_bytes(shape, training, activations + logits + backward),
+        step=step,
+        beside=beside,
     )
 
 
@@ -302,17 +310,26 @@ def activation_bytes(shape: ModelConfig, training: Training) -> int:
     ends += tokens * INT64 if training.adapter is None else 0  # the embedding's own
     # a bias has an element for each pair; chunked and dense add it to what autograd does not keep
     walls = training.rows * training.row_length**2 * training.item if training.attention == "sdpa" else 0
-    masks = tokens * hidden * training.item if training.has_dropout else 0
-    ends += masks
-    blocks, flows = [], training.adapter is None
-    for layer in range(shape.num_hidden_layers):
-        block = Block(shape, training, layer, flows)
-        blocks.append(block.num_bytes() + 2 * masks)
-        flows = flows or bool(block.adapted)
+    ends += _mask_bytes(shape, training)
+    blocks = _block_bytes(shape, training)
     if training.activation_checkpointing != "none":
         kept = hidden if training.activation_checkpointing == "block" else _products(shape, training)
         return shape.num_hidden_layers * tokens * kept * training.item + max(blocks) + ends + walls
     return sum(blocks) + ends + walls
+
+
+def _mask_bytes(shape: ModelConfig, training: Training) -> int:
+    return training.tokens * shape.hidden_size * training.item if training.has_dropout else 0
+
+
+def _block_bytes(shape: ModelConfig, training: Training) -> list[int]:
+    """What autograd saves in each block where nothing is computed again."""
+    blocks, flows = [], training.adapter is None
+    for layer in range(shape.num_hidden_layers):
+        block = Block(shape, training, layer, flows)
+        blocks.append(block.num_bytes() + 2 * _mask_bytes(shape, training))
+        flows = flows or bool(block.adapted)
+    return blocks
 
 
 def _products(shape: ModelConfig, training: Training) -> int:
@@ -442,34 +459,36 @@ def _backward_bytes(shape: ModelConfig, training: Training) -> int:
     return max(mlp, scores) + unpacked
 
 
-def _renewed(trained: Mapping[str, Shape], moments: int, training: Training) -> int:
-    """Gradients, asked for anew in each step, and moments, asked for between them, where they lie among the activations:
-    lanes have heaps of their own, large tensors a mapping, and the copy that is saved fills the holes."""
-    if training.num_lanes > 1 or training.saves_while_training or training.device == "cuda":
-        return 0
-    whole = sum(map(prod, trained.values()))
-    small = sum(prod(size) for size in trained.values() if FP32 * prod(size) < OWN_MAPPING)
-    return FP32 * small + moments * small // max(1, whole)
-
-
-def _heap_share(shape: ModelConfig, training: Training) -> float:
+def _heap_bytes(shape: ModelConfig, training: Training, passes: int) -> int:
+    """Holes among what a pass over a batch needs; a block that is computed again finds no room in the one before it."""
     if training.device == "cuda":
-        return CUDA_HEAP_SHARE
+        return int(CUDA_HEAP_SHARE * passes)
     values = training.tokens * training.item * max(shape.intermediate_size, _Sizes(shape).queries)
     scores = FP32 * training.rows * shape.num_attention_heads * training.row_length**2
     largest = max(values, scores if training.attention == "dense" else 0)
-    return 0.0 if largest >= OWN_MAPPING else HEAP_SHARE
+    if training.activation_checkpointing != "none":
+        passes += training.num_lanes * max(_block_bytes(shape, training))
+    if training.adapter is not None:
+        outputs = sum(outputs for outputs, _ in adapted(parameter_shapes(shape), training.adapter).values())
+        between = int(HOLES_OF_AN_ADAPTER * training.num_lanes * training.tokens * training.item * outputs)
+        return between + int(HEAP_SHARE * passes) if largest < OWN_MAPPING else 0
+    head = FP32 * _Sizes(shape).vocab * shape.hidden_size
+    holes = int(HEAP_SHARE * passes) if largest < OWN_MAPPING else 0
+    return holes + (HOLES_OF_THE_HEAD * head if head < OWN_MAPPING else 0)
 
 
-def _step_bytes(trained: Mapping[str, Shape], optim: OptimConfig) -> int:
-    """A step's own: Muon works on all matrices of a shape at once, 8-bit states and Adafactor on one tensor, AdamW and
-    SGD in place."""
+def _step_bytes(trained: Mapping[str, Shape], optim: OptimConfig) -> tuple[int, int]:
+    """A step's own, and what of it lies in mappings: Muon works on all matrices of a shape at once, 8-bit states and
+    Adafactor on one tensor, AdamW and SGD in place."""
     largest = 0
     stacks: dict[Shape, int] = {}
     for name, size in trained.items():
         kind = kind_of(group_of(name, len(size), optim), optim)
         if kind == "muon":
-            stacks[size] = stacks.get(size, 0) + prod(size)
+            stacks[size] = stacks.get(size, 0) + FP32 * prod(size)
         else:
-            largest = max(largest, WORKSPACE_OF_A_TENSOR.get(kind, 0) * prod(size))
-    return FP32 * max(largest, WORKSPACE_OF_MUON * max(stacks.values(), default=0))
+            largest = max(largest, WORKSPACE_OF_A_TENSOR.get(kind, 0) * FP32 * prod(size))
+    stack = max(stacks.values(), default=0)
+    if stack >= OWN_MAPPING:
+        return max(largest, (WORKSPACE_OF_MUON - STACKS_OF_MUON) * stack), STACKS_OF_MUON * stack
+    return max(largest, WORKSPACE_OF_MUON * stack), 0
