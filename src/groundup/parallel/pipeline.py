@@ -17,6 +17,7 @@ from groundup.model.config import ModelConfig
 from groundup.parallel.config import Schedule
 from groundup.parallel.mesh import Mesh
 from groundup.parallel.sharding import sums_now
+from groundup.parallel.world import peer_lost
 
 STAGES_PER_RANK: dict[Schedule, int] = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 Compute = Callable[[int, int, Tensor | None], Tensor]
@@ -132,7 +133,7 @@ class Pipeline:
         except RuntimeError as error:
             if isinstance(error.__cause__, Exception):
                 raise error.__cause__ from None  # torch's words around it hide what happened
-            raise
+            raise peer_lost(error) from error  # what fails outside of a stage's work is sending
         finally:
             self._compute = None
 

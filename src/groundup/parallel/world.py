@@ -232,8 +232,13 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise DistributedError(
-            PEER_LOST,
-            what=f"another rank cannot be reached ({str(error).splitlines()[0][:200]})",
-            next="the rank that failed first says why; the same command goes on from the last checkpoint",
-        ) from error
+        raise peer_lost(error) from error
+
+
+def peer_lost(error: RuntimeError) -> DistributedError:
+    """A broken connection, as an error of ours."""
+    return DistributedError(
+        PEER_LOST,
+        what=f"another rank cannot be reached ({str(error).splitlines()[0][:200]})",
+        next="the rank that failed first says why; the same command goes on from the last checkpoint",
+    )
