@@ -11,7 +11,7 @@ from groundup.report.numbers import percent, short
 MANY_EPOCHS = 8.0
 """Passes from which new text is worth much more: four passes are nearly as good as new text, sixteen add hardly anything
 (Muennighoff et al., arXiv:2305.16264)."""
-FEW_TOKENS, ENOUGH_TOKENS = 4.0, 20.0
+FEW_TOKENS, ENOUGH_TOKENS = 2.0, 20.0
 """Tokens a parameter: far below, and at, the best use of a budget (Hoffmann et al., arXiv:2203.15556)."""
 TOKEN_DEVIATION = 2.5
 """Standard deviation of a token's loss in nats, roughly, at any stage of training."""
