@@ -30,7 +30,8 @@ from groundup.parallel.world import World
 from groundup.proof.rank_server import RankPair
 from groundup.report.diagnosis.rules import diagnose
 from groundup.report.read import read_run
-from groundup.stages.recipe import Recipe
+from groundup.stages.pretrain import pretrain
+from groundup.stages.recipe import Recipe, write_recipe
 from groundup.stages.run import run_stages
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
@@ -38,13 +39,20 @@ from groundup.tokenizer.bpe import TextTokenizer
 HELD_OUT = 100
 FIXED = {"device": "cpu", "precision": "fp32", "num_threads": 1, "compile": False, "keep_checkpoints": 1}
 MODEL = {
-    **{"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2},
     **{"num_key_value_heads": 2, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256},
 }
-TEXT = FIXED | {"row_length": 64, "batch_size_tokens": 512, "validate_every": "20 steps", "max_validation_rows": 64}
+TEXT = FIXED | {"row_length": 64, "batch_size_tokens": 512, "validate_every": "20 steps", "max_validation_rows": 48}
 CHATS = FIXED | {
-    **{"row_length": 128, "batch_size_tokens": 512, "duration": "120 steps", "validate_every": "20 steps", "lr": 3e-3},
-    **{"muon_lr": 0.01, "replay_every": 4, "audit_prompts": 8, "audit_tokens": 40, "forgetting_text": "run"},
+    **{
+        "row_length": 128,
+        "batch_size_tokens": 512,
+        "duration": "80 steps",
+        "validate_every": "10 steps",
+        "max_validation_rows": 64,
+        "lr": 3e-3,
+    },
+    **{"muon_lr": 0.01, "replay_every": 4, "audit_prompts": 6, "audit_tokens": 32, "forgetting_text": "run"},
 }
 
 
@@ -61,7 +69,10 @@ def prepared(folder: Path, name: str) -> Path:
     recipe = Recipe.model_validate(
         {
             **{"name": name, "corpus": {"source": source, "max_piece_bytes": 4096}},
-            **{"tokenizer": {"vocab_size": VOCAB_SIZE}, "tokens": {"validation_fraction": 0.1 if name == "few" else 0.02}},
+            **{
+                "tokenizer": {"vocab_size": VOCAB_SIZE},
+                "tokens": {"validation_fraction": 0.1 if name == "few" else 0.02},
+            },
             **{"model": MODEL, "pretrain": TEXT | {"duration": "500 steps", "lr": "auto", "muon_lr": "auto"}},
         }
     )
@@ -100,7 +111,12 @@ def train(world: World, trial: Trial, base: str, folder: str, seed: int) -> str:
     work = Work(recipe_of(trial, Path(base), seed), RunFolder(Path(folder)), Log(quiet=True), world=world)
     with trial.plant():
         try:
-            run_stages(work, (trial.stage,))
+            if world.size > 1:  # ranks that have met already
+                if world.is_first:
+                    write_recipe(work.recipe, work.path("recipe.yaml"))
+                pretrain(work)
+            else:
+                run_stages(work, (trial.stage,))
         except NumericsError as error:
             return error.line()
     return ""
@@ -174,10 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if wanted.only in trial.name:
                 is_right, names = judged(trial, made(trial, seed, wanted.folder, index))
                 rows.append((seed, trial, is_right, names))
-                print(f"{'ok ' if is_right else 'NO '} {seed:>4}  {trial.name:<32}{trial.expected or '-':<20}{', '.join(names)}", flush=True)
+                print(
+                    f"{'ok ' if is_right else 'NO '} {seed:>4}  {trial.name:<32}{trial.expected or '-':<20}{', '.join(names)}",
+                    flush=True,
+                )
     found = [is_right for _, trial, is_right, _ in rows if trial.expected]
     alarms = [not is_right for _, trial, is_right, _ in rows if not trial.expected]
-    print(f"{sum(found)} of {len(found)} faults named first or second; {sum(alarms)} false alarms in {len(alarms)} healthy runs")
+    print(
+        f"{sum(found)} of {len(found)} faults named first or second; {sum(alarms)} false alarms in {len(alarms)} healthy runs"
+    )
     return 0 if sum(found) >= 0.95 * len(found) and not any(alarms) else 1
 
 

@@ -19,7 +19,7 @@ TRAINING_STAGES = ("pretrain", "sft", "lora")
 class Points:
     """Values at steps, in the order of the steps."""
 
-    steps: tuple[int, ...] = ()
+    steps: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
 
     def __len__(self) -> int:

@@ -37,6 +37,6 @@ def never_stops(evidence: Evidence) -> Finding | None:
     return Finding(
         "answers do not stop by themselves",
         f"{percent(rate)} of the held-out questions got an answer that ended before the limit",
-        f"look whether the end of a turn is learned, with `groundup inspect masks`; then train longer",
+        "look whether the end of a turn is learned, with `groundup inspect masks`; then train longer",
         0.93 if rate < 0.5 else 0.75,
     )

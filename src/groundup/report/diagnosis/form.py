@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from groundup.report.diagnosis.evidence import DEVIATIONS_OF_A_NORMAL, Evidence, running_median
 from groundup.report.diagnosis.finding import Finding
-from groundup.report.numbers import percent, short
+from groundup.report.numbers import percent
 
 SPIKE_DEVIATIONS = 12.0
 FLAT_FRACTION = 0.01

@@ -1,5 +1,7 @@
 """Symptoms of the machine: waiting for data, memory that grows, a slow rank, fp16 out of range, experts without work."""
 
+import itertools
+
 import numpy as np
 
 from groundup.report.diagnosis.evidence import Evidence
@@ -35,8 +37,10 @@ def memory_creeps(evidence: Evidence) -> Finding | None:
         return None
     later = sizes[len(sizes) // 3 :]
     grown = float(later[-1] - later[0])
-    quarters = [later[-1 + (i + 1) * len(later) // 4] - later[i * len(later) // 4] for i in range(4)]
-    if grown < max(0.05 * later[0], 16e6) or min(quarters) < 0.1 * grown:
+    ends = [later[number * (len(later) - 1) // 4] for number in range(5)]
+    quarters = [after - before for before, after in itertools.pairwise(ends)]
+    # what an allocator still gathers comes slower and slower, a leak at the same pace
+    if grown < max(0.05 * later[0], 16e6) or min(quarters) < 0.15 * grown or quarters[-1] < 0.6 * quarters[0]:
         return None
     each = grown / len(later)
     return Finding(

@@ -4,7 +4,7 @@ import numpy as np
 
 from groundup.report.diagnosis.evidence import Evidence
 from groundup.report.diagnosis.finding import Finding
-from groundup.report.numbers import percent, short, three_decimals
+from groundup.report.numbers import percent, short
 
 FAR_ABOVE, FAR_BELOW = 4.0, 0.2
 """Multiples of the law's rate from which a curve that fits is explained by the rate; the law itself is right to 1.5×."""
@@ -28,10 +28,16 @@ def lr_too_high(evidence: Evidence) -> Finding | None:
         signs.append(norms)
     ratio = evidence.lr_ratio
     is_far = ratio is not None and ratio >= FAR_ABOVE
-    if not signs or (ratio is None and len(signs) < 2) or (ratio is not None and not is_far and ratio < 2 and len(signs) < 3):
+    if (
+        not signs
+        or (ratio is None and len(signs) < 2)
+        or (ratio is not None and not is_far and ratio < 2 and len(signs) < 3)
+    ):
         return None
     if is_far:
-        signs.append(f"{evidence.rate_name} {short(evidence.peak_lr)} is {ratio:.1f}× what `auto` gives ({short(evidence.lr_of_law or 0)})")
+        signs.append(
+            f"{evidence.rate_name} {short(evidence.peak_lr)} is {ratio:.1f}× what `auto` gives ({short(evidence.lr_of_law or 0)})"
+        )
     target = evidence.lr_of_law if is_far else evidence.peak_lr / 4
     return Finding(
         seen="the learning rate is too high",
@@ -63,9 +69,16 @@ def _waits_for_decay(evidence: Evidence) -> str | None:
     begin, turn = int(0.1 * len(evidence.loss)), int(np.searchsorted(evidence.steps, late[-1]))
     if turn - begin < 10 or len(evidence.loss) - turn < 5:
         return None
-    first, middle = float(np.median(evidence.loss[begin : begin + 5])), float(evidence.trend[min(turn, len(evidence.trend) - 1)])
+    first, middle = (
+        float(np.median(evidence.loss[begin : begin + 5])),
+        float(evidence.trend[min(turn, len(evidence.trend) - 1)]),
+    )
     early, afterwards = first - middle, middle - evidence.end
-    if afterwards <= 3 * evidence.noise / np.sqrt(len(evidence.loss) / 20) or afterwards < 0.6 * max(early, 0) or afterwards < 0.02 * middle:
+    if (
+        afterwards <= 3 * evidence.noise / np.sqrt(len(evidence.loss) / 20)
+        or afterwards < 0.6 * max(early, 0)
+        or afterwards < 0.02 * middle
+    ):
         return None
     return f"the loss fell by {max(early, 0.0):.3f} while the rate was up (steps {evidence.steps[begin]} to {late[-1]}) and by {afterwards:.3f} after it had halved"
 
@@ -74,7 +87,10 @@ def _growing_norms(evidence: Evidence) -> str | None:
     norms = np.array(evidence.stage.grad_norm.values)
     if len(norms) < 40:
         return None
-    early, late = float(np.median(norms[: len(norms) // 10])), float(np.median(norms[len(norms) // 4 : 3 * len(norms) // 4]))
+    early, late = (
+        float(np.median(norms[: len(norms) // 10])),
+        float(np.median(norms[len(norms) // 4 : 3 * len(norms) // 4])),
+    )
     return f"the gradient norm grew from {short(early)} to {short(late)}" if late > 3 * early > 0 else None
 
 
@@ -88,7 +104,12 @@ def lr_too_low(evidence: Evidence) -> Finding | None:
         if ratio > FAR_BELOW or evidence.end > evidence.lowest[1] + _worse_by(evidence):
             return None
         why = f"{evidence.rate_name} {short(peak)} is {ratio:.2g}× what `auto` gives ({short(evidence.lr_of_law or 0)}); the loss fell by {fall:.3f} to {evidence.end:.3f}"
-        return Finding("the learning rate is too low", why, f"set {evidence.rate_name} to `auto`, or to {short(evidence.lr_of_law or 0)}", min(0.96, 0.8 + 0.05 * np.log2(FAR_BELOW / ratio)))
+        return Finding(
+            "the learning rate is too low",
+            why,
+            f"set {evidence.rate_name} to `auto`, or to {short(evidence.lr_of_law or 0)}",
+            min(0.96, 0.8 + 0.05 * np.log2(FAR_BELOW / ratio)),
+        )
     if evidence.is_pretraining or fall > 0.05 * evidence.start or fall < -0.02 * evidence.start:
         return None
     why = f"the loss went from {evidence.start:.3f} to {evidence.end:.3f}, {percent(fall / evidence.start)} in {len(evidence.loss)} steps, at {evidence.rate_name} {short(peak)}"
@@ -103,7 +124,10 @@ def warmup_missing(evidence: Evidence) -> Finding | None:
     size = max(8, len(evidence.loss) // 8)
     first = evidence.loss[:size]
     bump = int(np.argmax(first[1:])) + 1
-    if first[bump] < evidence.start + max(0.1, 0.02 * evidence.start) or evidence.end > evidence.start - 0.05 * evidence.start:
+    if (
+        first[bump] < evidence.start + max(0.1, 0.02 * evidence.start)
+        or evidence.end > evidence.start - 0.05 * evidence.start
+    ):
         return None
     return Finding(
         seen="warmup is missing",
