@@ -37,6 +37,7 @@ from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
 HELD_OUT = 100
+PIECE_BYTES = {"library": 4096, "ragged": 4096, "few": 1024}
 FIXED = {"device": "cpu", "precision": "fp32", "num_threads": 1, "compile": False, "keep_checkpoints": 1}
 MODEL = {
     **{"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -49,7 +50,7 @@ CHATS = FIXED | {
         "batch_size_tokens": 512,
         "duration": "80 steps",
         "validate_every": "10 steps",
-        "max_validation_rows": 64,
+        "max_validation_rows": 128,
         "lr": 3e-3,
     },
     **{"muon_lr": 0.01, "replay_every": 4, "audit_prompts": 6, "audit_tokens": 32, "forgetting_text": "run"},
@@ -57,7 +58,7 @@ CHATS = FIXED | {
 
 
 def prepared(folder: Path, name: str) -> Path:
-    """A run with tokens, a small pretrained model and chats; made once. `few` has 60 kB of text, `ragged` other chats."""
+    """A run with tokens, a small pretrained model and chats; made once. `few` has 16 kB of text, `ragged` other chats."""
     run = folder / "prepared" / name
     if (run / "ready").exists():
         return run
@@ -65,10 +66,10 @@ def prepared(folder: Path, name: str) -> Path:
     source = "embedded"
     if name == "few":
         source = str(run.with_suffix(".txt"))
-        Path(source).write_text(Path(random.__file__).read_text() + Path(shutil.__file__).read_text())
+        Path(source).write_text(Path(shutil.__file__).read_text()[:16_000])
     recipe = Recipe.model_validate(
         {
-            **{"name": name, "corpus": {"source": source, "max_piece_bytes": 4096}},
+            **{"name": name, "corpus": {"source": source, "max_piece_bytes": PIECE_BYTES[name]}},
             **{
                 "tokenizer": {"vocab_size": VOCAB_SIZE},
                 "tokens": {"validation_fraction": 0.1 if name == "few" else 0.02},
@@ -84,11 +85,12 @@ def prepared(folder: Path, name: str) -> Path:
 
 
 def _ragged_chats() -> list[dict[str, Any]]:
-    """Answers of one token that nobody can know, and long ones that are easy: their means have little in common."""
-    draw, rows = random.Random(0), []
+    """Long questions with an answer of one letter that nobody can know, and short ones with a long, easy answer: a row
+    holds one of either, and their means have little in common."""
+    draw, rows, long = random.Random(0), [], " ".join(["again"] * 24)
     for number in range(2400):
-        answer = draw.choice("abcdefghijklmnopqrstuvwxyz") if number % 2 else " ".join(["again"] * 40)
-        question = f"{'Which letter' if number % 2 else 'Say it'} {number}?"
+        ends = f"{long} {number}?", draw.choice("abcdefghijklmnopqrstuvwxyz")
+        question, answer = ends if number % 2 else (f"{number}?", long)
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
     return rows
 
@@ -98,7 +100,10 @@ def recipe_of(trial: Trial, base: Path, seed: int) -> Recipe:
     usual = TEXT if trial.stage == "pretrain" else CHATS | {"data": str(base / "chats.jsonl")}
     sections: dict[str, Any] = {"pretrain": TEXT | {"duration": "500 steps", "lr": "auto", "muon_lr": "auto"}}
     sections[trial.stage] = usual | trial.settings
-    source = {"source": str(base.with_suffix(".txt")) if trial.text == "few" else "embedded", "max_piece_bytes": 4096}
+    source = {
+        "source": str(base.with_suffix(".txt")) if trial.text == "few" else "embedded",
+        "max_piece_bytes": PIECE_BYTES[trial.text],
+    }
     return Recipe.model_validate(
         {"name": "trial", "seed": seed, "corpus": source, "model": MODEL | trial.model, **sections}
         | {"tokenizer": {"vocab_size": VOCAB_SIZE}}

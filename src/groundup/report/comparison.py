@@ -52,6 +52,19 @@ AXES = (
 )
 
 
+def _validation_loss(stage: StageRecord) -> Points:
+    return next(iter(stage.validation.get("loss", {}).values()), Points())
+
+
+CHARTS: tuple[tuple[str, str, Callable[[StageRecord], Points], bool], ...] = (
+    ("Training loss", "nats per token", lambda stage: smoothed(stage.loss), False),
+    ("Validation loss", "nats per token", _validation_loss, False),
+    ("Gradient norm", "L2 norm", lambda stage: smoothed(stage.grad_norm), True),
+    ("Speed", "tokens per second", lambda stage: smoothed(stage.tokens_per_second), False),
+)
+"""Title, unit, points and whether the axis is logarithmic; the last two are drawn over steps alone."""
+
+
 @dataclass(frozen=True)
 class Overlay:
     """The charts of one axis."""
@@ -135,16 +148,7 @@ def _stage_panels(name: str, runs: Sequence[RunRecord], max_points: int) -> dict
 
 
 def _pictures(stages: Sequence[tuple[int, str, StageRecord]], axis: Axis, max_points: int) -> Iterator[Picture]:
-    def validation(stage: StageRecord, figure: str) -> Points:
-        return next(iter(stage.validation.get(figure, {}).values()), Points())
-
-    charts = [
-        ("Training loss", "nats per token", lambda stage: smoothed(stage.loss), False),
-        ("Validation loss", "nats per token", lambda stage: validation(stage, "loss"), False),
-        ("Gradient norm", "L2 norm", lambda stage: smoothed(stage.grad_norm), True),
-        ("Speed", "tokens per second", lambda stage: smoothed(stage.tokens_per_second), False),
-    ]
-    for title, unit, points_of, has_log_axis in charts:
+    for title, unit, points_of, has_log_axis in CHARTS:
         if axis.name != "steps" and title in ("Gradient norm", "Speed"):
             continue
         lines = [
@@ -172,7 +176,7 @@ def _figures(stages: Sequence[StageRecord]) -> list[tuple[str, list[str]]]:
         values = [stage.figure(figure.key) for stage in stages]
         if any(value is not None for value in values):
             rows.append((figure.label, ["–" if value is None else figure.form(value) for value in values]))
-    last = [next(iter(stage.validation.get("loss", {}).values()), Points()) for stage in stages]
+    last = [_validation_loss(stage) for stage in stages]
     if any(last):
         rows.append(("validation loss at the end", [numbers.three_decimals(p.values[-1]) if p else "–" for p in last]))
     return rows

@@ -16,7 +16,8 @@ LABEL_WIDTH = 8
 def stage_at_work(run: RunRecord) -> StageRecord | None:
     """The training stage that is not finished, else the last one; None before the first step."""
     unfinished = [stage for stage in run.stages if not stage.is_finished]
-    return (unfinished or list(run.stages) or [None])[-1]
+    stages = unfinished or run.stages
+    return stages[-1] if stages else None
 
 
 def status_line(stage: StageRecord) -> str:

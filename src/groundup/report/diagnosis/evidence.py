@@ -129,7 +129,7 @@ class Evidence:
         """Ids that a prediction chooses among."""
         model = self.run.settings.get("model")
         asked = model.get("vocab_size") if isinstance(model, dict) else None
-        found = asked if is_number(asked) else self.run.tokenizer.get("vocab_size")
+        found: Any = asked if is_number(asked) else self.run.tokenizer.get("vocab_size")
         return int(found) if is_number(found) and found > 1 else None
 
     @property
@@ -144,19 +144,19 @@ class Evidence:
 
     def number(self, name: str) -> float | None:
         """A number of the stage's section; None where it is none."""
-        value = self.settings.get(name)
+        value: Any = self.settings.get(name)
         return float(value) if is_number(value) else None
 
     def resolved(self, name: str) -> float | None:
         """A number of what the stage was resolved to."""
-        value = self.stage.resolved.get(name)
+        value: Any = self.stage.resolved.get(name)
         return float(value) if is_number(value) else None
 
     def events(self, *kinds: str) -> list[tuple[int, str]]:
         """(step, words) of the events of some kinds."""
         return [(event.step, event.detail) for event in self.stage.events if event.kind in kinds]
 
-    def trend_at(self, step: int) -> float:
+    def trend_at(self, step: float) -> float:
         """Trend of the training loss at a step."""
         return float(np.interp(step, self.steps, self.trend))
 

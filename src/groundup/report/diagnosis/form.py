@@ -42,7 +42,7 @@ def diverged(evidence: Evidence) -> Finding | None:
         return None
     step, low = evidence.lowest
     rise = evidence.end - low
-    if rise < max(0.1 * low, 0.15, 2 * evidence.noise) or evidence.level(0.85, 1.0) < low + 0.5 * rise:
+    if rise < max(0.06 * low, 0.15, 2 * evidence.noise) or evidence.level(0.85, 1.0) < low + 0.5 * rise:
         return None
     return Finding(
         "the loss diverged",
@@ -87,14 +87,14 @@ def oscillates(evidence: Evidence) -> Finding | None:
             "`pretrain.mixture`",
             0.9,
         )
-    fall = evidence.level(0.25, 0.5) - evidence.end
+    fall = evidence.level(0.4, 0.6) - evidence.level(0.8, 1.0)
     batch, ratio = evidence.number("batch_size_tokens") or 0.0, evidence.lr_ratio
-    if evidence.noise < 0.1 * evidence.end or fall > evidence.noise or not evidence.is_pretraining:
+    if evidence.noise < 0.03 * evidence.end or fall > 1.2 * evidence.noise or not evidence.is_pretraining:
         return None
     cause = "the rate" if ratio is not None and ratio > 4 else "the batch"
     return Finding(
         f"the loss oscillates without falling: {cause}",
-        f"from step to step it changes by {evidence.noise:.3f}, and fell by {fall:.3f} since the first quarter; a batch is "
+        f"from step to step it changes by {evidence.noise:.3f}, and fell by {fall:.3f} from the middle to the last fifth; a batch is "
         f"{batch:,.0f} tokens",
         f"raise {evidence.stage.name}.batch_size_tokens to {8 * batch:,.0f} and lower the rate",
         0.75,

@@ -8,7 +8,7 @@ from groundup.report.diagnosis.evidence import Evidence
 from groundup.report.diagnosis.finding import Finding
 from groundup.report.numbers import percent, size
 
-WAITING = 0.2
+WAITING = 0.3
 """Share of a step's time from which waiting for data is worth a word."""
 DEAD = 0.1
 """Share of an even load below which an expert does not work."""

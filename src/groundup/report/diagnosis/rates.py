@@ -110,10 +110,26 @@ def lr_too_low(evidence: Evidence) -> Finding | None:
             f"set {evidence.rate_name} to `auto`, or to {short(evidence.lr_of_law or 0)}",
             min(0.96, 0.8 + 0.05 * np.log2(FAR_BELOW / ratio)),
         )
-    if evidence.is_pretraining or fall > 0.05 * evidence.start or fall < -0.02 * evidence.start:
+    looks = evidence.validation_loss
+    if evidence.is_pretraining or len(looks) < 3:
         return None
-    why = f"the loss went from {evidence.start:.3f} to {evidence.end:.3f}, {percent(fall / evidence.start)} in {len(evidence.loss)} steps, at {evidence.rate_name} {short(peak)}"
-    return Finding("the learning rate is too low", why, f"set {evidence.rate_name} to {short(10 * peak)}", 0.7)
+    first, last = looks.values[0], looks.values[-1]
+    if (
+        abs(first - last) > 0.02 * first
+        or abs(evidence.level(0.0, 0.25) - evidence.level(0.75, 1.0)) > 2 * evidence.noise
+    ):
+        return None
+    why = (
+        f"validation was {first:.3f} at step {looks.steps[0]} and is {last:.3f} after {looks.steps[-1]}, at "
+        f"{evidence.rate_name} {short(peak)}"
+    )
+    next_rate = f"set {evidence.rate_name} to {short(10 * peak)}"
+    return Finding(
+        "the learning rate is too low: nothing moves",
+        why,
+        next_rate,
+        0.95 if abs(first - last) < 0.005 * first else 0.7,
+    )
 
 
 def warmup_missing(evidence: Evidence) -> Finding | None:
@@ -125,7 +141,7 @@ def warmup_missing(evidence: Evidence) -> Finding | None:
     first = evidence.loss[:size]
     bump = int(np.argmax(first[1:])) + 1
     if (
-        first[bump] < evidence.start + max(0.1, 0.02 * evidence.start)
+        first[bump] < evidence.start + max(0.1, 0.02 * evidence.start, 3 * evidence.noise)
         or evidence.end > evidence.start - 0.05 * evidence.start
     ):
         return None
@@ -146,11 +162,11 @@ def clipped_at_every_step(evidence: Evidence) -> Finding | None:
         return None
     after = norms[len(norms) // 10 :]
     clipped, middle = float(np.mean(after > limit)), float(np.median(after))
-    if clipped < 0.98 or middle < 2 * limit:
+    if clipped < 0.98 or middle < 4 * limit:
         return None
     return Finding(
         seen="gradients are clipped at every step",
         why=f"{percent(clipped)} of the steps have a norm above max_grad_norm={short(limit)}; the median norm is {short(middle)}",
         next=f"raise {evidence.stage.name}.max_grad_norm to {short(2 * middle)}; where the norm grew first, lower the rate",
-        sureness=0.75 if middle < 5 * limit else 0.9,
+        sureness=0.75 if middle < 8 * limit else 0.9,
     )

@@ -80,7 +80,7 @@ def leak(evidence: Evidence) -> Finding | None:
 def unlike_losses(evidence: Evidence) -> Finding | None:
     """Training and validation differ before anything can have been learned by heart: they measure different things."""
     looks, epochs = evidence.validation_loss, evidence.stage.epoch
-    if not evidence.has_curve or not len(looks) or not len(epochs):
+    if not evidence.has_curve or not looks or not epochs or not _sees_all_chats(evidence):
         return None
     in_first = [
         (step, value)
@@ -99,8 +99,25 @@ def unlike_losses(evidence: Evidence) -> Finding | None:
         f"{'above' if gap > 0 else 'below'} training ({level:.3f}) at {len(in_first)} looks",
         "compare labels of both with `groundup inspect`: a label shift, another mask, or a mean of means over rows of "
         "unlike length; else the held-out text is of another kind",
-        0.85,
+        0.95 if abs(gap) > 0.4 * level else 0.8,
     )
+
+
+def _sees_all_chats(evidence: Evidence) -> bool:
+    """Whether a look covers every held-out chat: their first rows are the fullest, and no sample of all."""
+    chats, held_out = evidence.stage.ledger.get("train"), evidence.stage.ledger.get("validation")
+    batch, length = evidence.number("batch_size_tokens"), evidence.number("row_length")
+    if (
+        evidence.is_pretraining
+        or not isinstance(chats, int)
+        or not isinstance(held_out, int)
+        or not batch
+        or not length
+    ):
+        return True
+    epochs = evidence.stage.epoch
+    rows_an_epoch = epochs.steps[-1] * batch / length / max(epochs.values[-1], 1e-9)
+    return (evidence.number("max_validation_rows") or 0.0) >= 0.8 * held_out * rows_an_epoch / max(chats, 1)
 
 
 def scaled_loss(evidence: Evidence) -> Finding | None:
