@@ -192,7 +192,7 @@ def draw(chart: Chart) -> str:
                 alpha=0.35 if line.is_faint else 1.0,
                 linewidth=0.8 if line.is_faint else 1.6,
                 linestyle=(0, (4, 2)) if line.is_dashed else "-",
-                marker="o" if len(points) <= 12 else "",
+                marker="o" if len(points) <= 12 and len(chart.lines) <= NUM_COLOURS else "",
                 markersize=3.5,
                 solid_joinstyle="round",
             )

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from groundup.base.config import flatten
 from groundup.report.read import TRAINING_STAGES, is_number
@@ -20,6 +20,8 @@ class LinesOfFile:
     _told: dict[int, int] = field(default_factory=dict)
     """Hash of the line told last, by step."""
     _offset: int = 0
+    _last: bytes = b""
+    """The line before the offset: where another stands there, the file was cut."""
     _identity: tuple[int, int] | None = None
 
     def new(self, path: Path) -> Iterator[dict[str, Any]]:
@@ -28,8 +30,8 @@ class LinesOfFile:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
-                if identity != self._identity or status.st_size < self._offset or not self._is_line_end(file):
-                    self._offset = 0
+                if identity != self._identity or status.st_size < self._offset or not self._is_as_it_was(file):
+                    self._offset, self._last = 0, b""
                 self._identity = identity
                 file.seek(self._offset)
                 data = file.read()
@@ -37,6 +39,7 @@ class LinesOfFile:
             return
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
+        self._last = whole.splitlines(keepends=True)[-1] if whole else self._last
         for line in whole.splitlines():
             try:
                 value = json.loads(line)
@@ -47,11 +50,9 @@ class LinesOfFile:
                 self._told[step] = hash(line)
                 yield value
 
-    def _is_line_end(self, file: Any) -> bool:
-        if self._offset == 0:
-            return True
-        file.seek(self._offset - 1)
-        return bool(file.read(1) == b"\n")
+    def _is_as_it_was(self, file: IO[bytes]) -> bool:
+        file.seek(self._offset - len(self._last))
+        return file.read(len(self._last)) == self._last
 
 
 @dataclass
