@@ -484,17 +484,62 @@ def convert(file: Path, *, to: Path, tokenizer: Path) -> None:
 
 
 @app.command
-def report(run: Path) -> None:
-    """Write a run's report.html: one self-contained page.
+def report(*runs: Path, to: Path | None = None) -> None:
+    """Write a run's report.html, one self-contained page; of several runs, one page that lays their curves over each other.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs.
+    to
+        The file to write: report.html in the run, or comparison.html in the first of several, where it is not given.
+    """
+    from groundup.stages.report import make_comparison, make_report
+
+    if not runs:
+        raise ConfigError("E-CLI", what="no run is named", next="give a run's folder, such as runs/quickstart")
+    if len(runs) == 1:
+        make_report(runs[0], Log(), to=to)
+    else:
+        make_comparison(runs, Log(), to=to)
+
+
+@app.command
+def watch(run: Path, *, every_seconds: float = 2.0, once: bool = False) -> None:
+    """Live curves of a run at work, from another terminal; ends when its training ends.
 
     Parameters
     ----------
     run
         A run's folder.
+    every_seconds
+        Time between two looks at its files.
+    once
+        Show what there is and end.
     """
-    from groundup.stages.report import make_report
+    from groundup.stages.watch import watch_run
 
-    make_report(run, Log())
+    watch_run(run, Log(), every_seconds=every_seconds, is_once=once)
+
+
+@app.command
+def follow(run: Path, *, to: str, folder: Path | None = None, once: bool = False) -> None:
+    """Send a run's figures, as they come, to a tracker that is installed; ends when its training ends.
+
+    Parameters
+    ----------
+    run
+        A run's folder.
+    to
+        tensorboard, trackio, wandb, swanlab or mlflow; none sends anything over the network.
+    folder
+        Where the tracker keeps its files: NAME/TRACKER in the run where it is not given.
+    once
+        Send what there is and end.
+    """
+    from groundup.stages.watch import follow_run
+
+    follow_run(run, to, Log(), folder=folder, is_once=once)
 
 
 inspect_app = App(name="inspect", help="What the model really sees: learned, ignored, borders, cuts.")
@@ -577,13 +622,24 @@ def verify_resume(
     proof.verify_resume(loaded, runs_dir, Log(), num_kills=kills, seed=seed)
 
 
-doctor_app = App(name="doctor", help="What this machine is, and proofs on it.")
+doctor_app = App(name="doctor", help="What this machine is, what a run shows, and proofs.")
 app.command(doctor_app)
 
 
 @doctor_app.default
-def doctor() -> None:
-    """What this machine is, what groundup makes of it, and which extras are installed."""
+def doctor(run: Path | None = None) -> None:
+    """What this machine is and what groundup makes of it; or what a run shows: what is wrong, why, and what to do next.
+
+    Parameters
+    ----------
+    run
+        A run's folder, finished or at work.
+    """
+    if run is not None:
+        from groundup.stages.report import say_diagnosis
+
+        say_diagnosis(run, Log())
+        return
     from groundup.proof.machine_check import check_machine
 
     check_machine(Log())

@@ -44,7 +44,12 @@ def write_training(folder: Path, *, num_steps: int, start: float, end: float, su
             }
         metrics.append(line)
         speed = 14000 + noise.gauss(0, 500)
-        timing.append({"step": step, "elapsed_seconds": step * 0.5, "tokens_per_second": speed, "data_seconds": 0.01})
+        timing.append(
+            {
+                **{"step": step, "elapsed_seconds": step * 0.5, "tokens_per_second": speed, "data_seconds": 0.01},
+                "peak_memory_bytes": 400_000_000 + min(step, 40) * 1_000_000,
+            }
+        )
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "timing.jsonl", timing)
     events = [

@@ -76,7 +76,7 @@ def test_short_run_is_not_smoothed():
 
 def test_charts_without_values_are_left_out(finished_run):
     titles = [chart.title for chart in stage_charts(read_run(finished_run).stages[0])]
-    assert titles == ["Loss", "Perplexity", "Bits per byte", "Learning rate", "Gradient norm", "Speed"]
+    assert titles == ["Loss", "Perplexity", "Bits per byte", "Learning rate", "Gradient norm", "Memory", "Speed"]
 
 
 def test_events_are_marked_on_the_loss(finished_run):

@@ -81,6 +81,7 @@ def test_links_of_the_page_lead_somewhere(page):
 
 def test_all_panels_are_there(page):
     assert {
+        "Diagnosis",
         "Data",
         "From rows read to rows kept",
         "Tokens",
@@ -93,8 +94,8 @@ def test_all_panels_are_there(page):
         "Recipe",
         "Machine",
     } <= set(Outline(page).headings)
-    assert page.count("<svg") == 18
-    assert page.count('<i class="mark"></i>event') == 6  # the losses and gradient norms of three stages
+    assert page.count("<svg") == 21
+    assert page.count('<i class="mark"></i>resume, skip') == 6  # the losses and gradient norms of three stages
     assert '<span class="value">3,164,000</span>' in page
     for text in ("2,610", "−140", "1.402", "xz −9e", "98.5 %", "2.4e-5", "min_characters: 32", "8.59 GB"):
         assert text in page, text
@@ -166,7 +167,7 @@ def test_unfinished_run_shows_what_it_has(tmp_path):
     (attempt / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     outline = Outline(page)
-    assert outline.headings == ["Pretraining"]
+    assert outline.headings == ["Diagnosis", "Pretraining"]
     assert page.count("<svg") == 4
     assert "at work, step 1" in page
     assert '<dl class="tiles">\n</dl>' not in page

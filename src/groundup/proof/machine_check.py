@@ -8,6 +8,7 @@ import torch
 
 from groundup.base import machine
 from groundup.base.log import Log
+from groundup.report.sinks import MODULES
 from groundup.train.config import TrainConfig
 from groundup.train.resolve import resolve
 
@@ -23,8 +24,12 @@ INSTRUCTIONS = {
 }
 EXTRAS = {
     "bitsandbytes": ("8-bit AdamW and NF4 by bitsandbytes", ("bitsandbytes",)),
+    **{name: (f"`groundup follow RUN --to {name}`", (name,)) for name in MODULES},
     "bench": ("`make bench`, the comparisons with transformers Trainer and TRL", ("accelerate", "datasets", "trl")),
-    "dev": ("what `make check` and `make test` need", ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff")),
+    "dev": (
+        "what `make check` and `make test` need",
+        ("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"),
+    ),
 }
 """What each extra is for, and the packages that it brings."""
 

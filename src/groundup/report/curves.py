@@ -16,6 +16,8 @@ from groundup.report.numbers import short
 from groundup.report.read import Points, StageRecord
 
 NUM_COLOURS = 4
+MARKED = ("resume", "nonfinite", "spike", "skip", "overflow", "rewind", "oom", "world", "straggler")
+"""Kinds of events that are marked on the curves."""
 MAX_MARKS = 24
 MAX_POINTS = 240
 """Points a curve is thinned to; the page must stay small, and a screen shows no more."""
@@ -51,11 +53,12 @@ class Line:
     points: Points
     colour: int
     is_faint: bool = False
+    is_dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the steps of a stage."""
+    """Curves over the steps of a stage, or over what else grows with them."""
 
     title: str
     unit: str
@@ -64,8 +67,13 @@ class Chart:
     """Logarithmic where the values span enough for it."""
     marks: tuple[int, ...] = ()
     """Steps at which something happened."""
+    mark_words: str = ""
+    """What happened."""
     num_steps: int = 0
     """Steps of the stage, which the axis spans whatever the curves do; 0 leaves it to them."""
+    axis: str = "step"
+    """What the points' places are, its unit with it."""
+    max_points: int = MAX_POINTS
 
     @property
     def legend(self) -> list[Line]:
@@ -75,16 +83,22 @@ class Chart:
 
 def stage_charts(stage: StageRecord) -> list[Chart]:
     """The charts of a stage that have something to show."""
-    marks = sorted(
-        {event.step for event in stage.events if event.kind in ("resume", "nonfinite", "spike", "skip", "rewind")}
-    )
-    marks = marks[:: len(marks) // MAX_MARKS + 1]
+    happened = [event for event in stage.events if event.kind in MARKED]
+    steps = sorted({event.step for event in happened})
+    marks = tuple(steps[:: len(steps) // MAX_MARKS + 1])
+    words = ", ".join(kind for kind in MARKED if any(event.kind == kind for event in happened))
     losses = _validation_lines(stage, "loss")
     perplexities = _validation_lines(stage, "perplexity")
     smooth = smoothed(stage.loss)
     train_perplexity = Points(smooth.steps, tuple(math.exp(min(value, 50.0)) for value in smooth.values))
     charts = [
-        Chart("Loss", "nats per token", (*_raw_and_smoothed("train", stage.loss, 0), *losses), marks=tuple(marks)),
+        Chart(
+            "Loss",
+            "nats per token",
+            (*_raw_and_smoothed("train", stage.loss, 0), *losses),
+            marks=marks,
+            mark_words=words,
+        ),
         Chart(
             "Loss by source",
             "nats per token",
@@ -99,10 +113,11 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
             "learning rate",
             tuple(Line(name, points, number) for number, (name, points) in enumerate(stage.lr.items())),
         ),
-        Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, tuple(marks)),
+        Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, marks, words),
         Chart(
             "Busiest expert", "times the mean of its layer", _raw_and_smoothed("each step", stage.expert_imbalance, 0)
         ),
+        Chart("Memory", "GB, most so far", (Line("process", _in_gb(stage.peak_memory_bytes), 3),)),
         Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2)),
         Chart("Share of peak", "share of the matrix peak", _raw_and_smoothed("each step", stage.peak_fraction, 2)),
     ]
@@ -113,6 +128,10 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
     ]
     # a single point, as of a validation at the end only, is told by a figure and needs no axes
     return [chart for chart in filled if max(len(line.points) for line in chart.lines) >= min(2, stage.num_steps)]
+
+
+def _in_gb(points: Points) -> Points:
+    return Points(points.steps, tuple(value / 1e9 for value in points.values))
 
 
 def _raw_and_smoothed(label: str, points: Points, colour: int) -> tuple[Line, ...]:
@@ -165,27 +184,28 @@ def draw(chart: Chart) -> str:
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for line in chart.lines:
-            points = thinned(line.points)
+            points = thinned(line.points, chart.max_points)
             axes.plot(
                 points.steps,
                 points.values,
                 color=SERIES[line.colour % NUM_COLOURS],
                 alpha=0.35 if line.is_faint else 1.0,
                 linewidth=0.8 if line.is_faint else 1.6,
-                marker="o" if len(points) <= 12 else "",
+                linestyle=(0, (4, 2)) if line.is_dashed else "-",
+                marker="o" if len(points) <= 12 and len(chart.lines) <= NUM_COLOURS else "",
                 markersize=3.5,
                 solid_joinstyle="round",
             )
         for step in chart.marks:
             axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.set_xlabel("step")
+        axes.set_xlabel(chart.axis)
         axes.set_ylabel(chart.unit)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.margins(x=0.02, y=0.08)
         if chart.num_steps > 1:
             axes.set_xlim(1 - 0.02 * chart.num_steps, 1.02 * chart.num_steps)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.axis == "step"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if ticks := _log_ticks(chart):
             axes.set_yscale("log")
@@ -195,7 +215,7 @@ def draw(chart: Chart) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
-    return _for_page(buffer.getvalue(), f"{chart.title}, {chart.unit}, over steps")
+    return _for_page(buffer.getvalue(), f"{chart.title}, {chart.unit}, over {chart.axis}")
 
 
 def _log_ticks(chart: Chart) -> list[float]:

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from groundup.base.config import flatten
 from groundup.base.files import atomic_write
 from groundup.report import numbers
 from groundup.report.curves import NUM_COLOURS, Chart, draw, stage_charts
+from groundup.report.diagnosis.finding import Finding
+from groundup.report.diagnosis.rules import RULES, diagnose
 from groundup.report.read import CorpusRecord, Event, Example, RunRecord, Sample, StageRecord, is_number, read_run
 
-TEMPLATE = Path(__file__).parent / "page.html.jinja"
 TITLES = {"pretrain": "Pretraining", "sft": "Fine-tuning on chats", "lora": "Adapter (LoRA)"}
 MAX_SAMPLES, MAX_EXAMPLES, MAX_EVENTS, MAX_CHARACTERS = 8, 12, 40, 800
 JOINERS = "\u200c\u200d"
@@ -47,6 +48,14 @@ class Picture:
 
     chart: Chart
     svg: Markup
+
+
+@dataclass(frozen=True)
+class TitledFinding:
+    """What a stage shows."""
+
+    title: str
+    finding: Finding
 
 
 @dataclass(frozen=True)
@@ -93,32 +102,46 @@ DIVERSITY = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into a run's folder, from its files alone. Raises DataError if there is no run."""
-    path = run / "report.html"
+def write_report(run: Path, to: Path | None = None) -> Path:
+    """Write a run's page, from its files alone, `report.html` in its folder or `to`. Raises DataError if there is no run."""
+    path = to or run / "report.html"
     html = render(read_run(run))
     with atomic_write(path) as file:
         file.write(html.encode())
     return path
 
 
+def templates() -> Environment:
+    """Where pages are made: what comes from outside is escaped, and what is no character is shown as one."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(run: RunRecord) -> str:
     """The page of a run."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_visible, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        run=run,
-        headline=headline(run),
-        data_tiles=_data_tiles(run),
-        funnel=funnel(run.corpus) if run.corpus else [],
-        splits=_splits(run.tokens),
-        stages=[_stage_panels(stage) for stage in run.stages],
-        machine=_rows(run.machine),
-        tokens_rows=_rows(run.tokens),
-        tokenizer_rows=_rows(run.tokenizer),
-        num_colours=NUM_COLOURS,
+    return (
+        templates()
+        .get_template("page.html.jinja")
+        .render(
+            run=run,
+            findings=[TitledFinding(TITLES[each.stage], each.finding) for each in diagnose(run)],
+            num_rules=len(RULES),
+            headline=headline(run),
+            data_tiles=_data_tiles(run),
+            funnel=funnel(run.corpus) if run.corpus else [],
+            splits=_splits(run.tokens),
+            stages=[_stage_panels(stage) for stage in run.stages],
+            machine=_rows(run.machine),
+            tokens_rows=_rows(run.tokens),
+            tokenizer_rows=_rows(run.tokenizer),
+            num_colours=NUM_COLOURS,
+        )
     )
 
 

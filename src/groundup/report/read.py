@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from groundup.base.errors import DataError
 from groundup.base.files import read_json
 
@@ -17,7 +19,7 @@ TRAINING_STAGES = ("pretrain", "sft", "lora")
 class Points:
     """Values at steps, in the order of the steps."""
 
-    steps: tuple[int, ...] = ()
+    steps: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
 
     def __len__(self) -> int:
@@ -60,19 +62,40 @@ class StageRecord:
     num_steps: int
     loss: Points
     grad_norm: Points
+    tokens: Points
+    """Tokens seen until a step, padding among them."""
+    epoch: Points
+    num_loss_tokens: Points
+    elapsed_seconds: Points
     tokens_per_second: Points
     peak_fraction: Points
+    data_fraction: Points
+    """Share of a step's time that waits for data."""
+    peak_memory_bytes: Points
+    """Largest size of the process until a step."""
+    overflow_steps: Points
+    """Steps until a step whose gradients left fp16's range."""
     lr: Mapping[str, Points]
     source_loss: Mapping[str, Points]
     """Training loss of each source of a mixture."""
     expert_imbalance: Points
     """Tokens of the busiest expert over the mean of its layer, in the layer where that is largest; 1 is even."""
+    expert_shares: tuple[tuple[float, ...], ...]
+    """By layer, each expert's share of the tokens in the last quarter of the steps."""
+    audit: Mapping[str, Points]
+    """What a fine-tuning asks the live model at its looks: `stop_rate`, `base_bits_per_byte` and others."""
     validation: Mapping[str, Mapping[str, Points]]
     """Figure (`loss`, `perplexity`, `bits_per_byte`), then name of the validation set."""
     samples: tuple[Sample, ...]
     events: tuple[Event, ...]
     examples: tuple[Example, ...]
     summary: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """The stage's section of the recipe."""
+    resolved: Mapping[str, Any]
+    """What every `auto` became."""
+    ledger: Mapping[str, Any]
+    """Where the chats of a fine-tuning went to."""
 
     def figure(self, name: str) -> float | None:
         """A number of the summary; None where it is absent."""
@@ -100,6 +123,8 @@ class RunRecord:
 
     name: str
     recipe: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe's sections."""
     corpus: CorpusRecord | None = None
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, Any] = field(default_factory=dict)
@@ -109,15 +134,18 @@ class RunRecord:
 
 def read_run(run: Path) -> RunRecord:
     """Everything of a run that is on the disk. Raises DataError if there is no run."""
-    recipe = run / "recipe.yaml"
+    path = run / "recipe.yaml"
+    recipe = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    settings = _settings(recipe)
     record = RunRecord(
         name=run.resolve().name,
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        recipe=recipe,
+        settings=settings,
         corpus=_corpus(_object(_stage_folder(run, "corpus") / "ledger.json")),
         tokenizer=_object(_stage_folder(run, "tokenizer") / "summary.json"),
         tokens=_object(_stage_folder(run, "tokens") / "summary.json"),
         machine=_object(run / "machine.json"),
-        stages=tuple(stage for name in TRAINING_STAGES if (stage := _stage(run, name)) is not None),
+        stages=tuple(stage for name in TRAINING_STAGES if (stage := _stage(run, name, settings)) is not None),
     )
     if record == RunRecord(name=record.name):
         raise DataError(
@@ -138,6 +166,15 @@ def _stage_folder(run: Path, name: str) -> Path:
 
 def _object(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _settings(recipe: str) -> dict[str, Any]:
+    """A recipe's sections; none where its text is no recipe, as nothing but the report's own words depends on them."""
+    try:
+        value = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -175,7 +212,7 @@ def _names(lines: list[dict[str, Any]], key: str) -> list[str]:
     return list(dict.fromkeys(name for line in lines if isinstance(line.get(key), dict) for name in line[key]))
 
 
-def _stage(run: Path, name: str) -> StageRecord | None:
+def _stage(run: Path, name: str, settings: Mapping[str, Any]) -> StageRecord | None:
     folder = _stage_folder(run, name)
     metrics = _newest_of_each_step(folder / "metrics.jsonl")
     summary = _object(folder / "summary.json")
@@ -184,6 +221,7 @@ def _stage(run: Path, name: str) -> StageRecord | None:
     lines = list(_lines(folder / "events.jsonl"))
     timing = _newest_of_each_step(folder / "timing.jsonl")
     examples = summary.get("examples")
+    section = settings.get(name)
     validation = {
         figure: {
             name: points for name in _names(metrics, "val") if len(points := _points(metrics, "val", name, figure))
@@ -196,17 +234,44 @@ def _stage(run: Path, name: str) -> StageRecord | None:
         num_steps=metrics[-1]["step"] if metrics else 0,
         loss=_points(metrics, "loss"),
         grad_norm=_points(metrics, "grad_norm"),
+        tokens=_points(metrics, "tokens"),
+        epoch=_points(metrics, "epoch"),
+        num_loss_tokens=_points(metrics, "num_loss_tokens"),
+        elapsed_seconds=_points(timing, "elapsed_seconds"),
         tokens_per_second=_points(timing, "tokens_per_second"),
         peak_fraction=_points(timing, "peak_fraction"),
+        data_fraction=_data_fraction(timing),
+        peak_memory_bytes=_points(timing, "peak_memory_bytes"),
+        overflow_steps=_points(metrics, "overflow_steps"),
         lr={group: _points(metrics, "lr", group) for group in _names(metrics, "lr")},
         source_loss={name: _points(metrics, "source_loss", name) for name in _names(metrics, "source_loss")},
         expert_imbalance=_imbalance(metrics),
+        expert_shares=_expert_shares(metrics),
+        audit={figure: _points(metrics, "audit", figure) for figure in _names(metrics, "audit")},
         validation=validation,
         samples=_samples(lines),
         events=tuple(_event(line) for line in lines if line.get("kind") != "sample"),
         examples=tuple(_example(item) for item in examples or () if isinstance(item, dict)),
         summary={key: value for key, value in summary.items() if key != "examples"},
+        settings=section if isinstance(section, dict) else {},
+        resolved=_object(folder / "resolved.json"),
+        ledger=_object(folder / "ledger.json"),
     )
+
+
+def _data_fraction(lines: list[dict[str, Any]]) -> Points:
+    parts = [_points(lines, f"{part}_seconds") for part in ("data", "forward_backward", "optimizer")]
+    if any(part.steps != parts[0].steps for part in parts):
+        return Points()
+    shares = (data / max(data + sum(rest), 1e-12) for data, *rest in zip(*(part.values for part in parts), strict=True))
+    return Points(parts[0].steps, tuple(shares))
+
+
+def _expert_shares(lines: list[dict[str, Any]]) -> tuple[tuple[float, ...], ...]:
+    loads = [line["expert_load"] for line in lines if isinstance(line.get("expert_load"), list)]
+    last = loads[-max(1, len(loads) // 4) :]
+    layers = ([sum(counts) for counts in zip(*layer, strict=True)] for layer in zip(*last, strict=True))
+    return tuple(tuple(count / max(1, sum(layer)) for count in layer) for layer in layers)
 
 
 def _imbalance(lines: list[dict[str, Any]]) -> Points:

@@ -46,11 +46,15 @@ def step_timing(
     }
 
 
-def progress_line(name: str, result: StepResult, total: int, looks: str, rate: float, left: float, meter: Meter) -> str:
-    """What stands in the live line: `rate` in tokens a second, `left` in seconds."""
+def progress_line(
+    name: str, result: StepResult, total: int, looks: str, rate: float, left: float, meter: Meter, save_every: int
+) -> str:
+    """What stands in the live line: `rate` in tokens a second, `left` in seconds, `save_every` in steps, 0 for never."""
+    lr = f"  lr {next(iter(result.lr.values())):.2g}" if result.lr else ""  # a step that was passed over has none
+    save = min(total, result.step - result.step % save_every + save_every) if save_every else total
     return (
-        f"{name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{looks}  {rate:,.0f} tokens/s{meter.words()}  "
-        f"{int(left) // 60}:{int(left) % 60:02d} left"
+        f"{name}  step {result.step}/{total}  loss {result.sums.loss:.3f}{looks}{lr}  {rate:,.0f} tokens/s{meter.words()}  "
+        f"{int(left) // 60}:{int(left) % 60:02d} left  saves at {save}"
     )
 
 

@@ -294,7 +294,8 @@ class TrainingRun:
                 self._save()
             rate = (result.step - first_step) * self.config.batch_size_tokens / (time.monotonic() - self._began)
             left = (total - result.step) * self.config.batch_size_tokens / rate
-            text = progress_line(self.job.name, result, total, validation_text, rate, left, self.meter)
+            every = self._intervals["checkpoint_every"]
+            text = progress_line(self.job.name, result, total, validation_text, rate, left, self.meter, every)
             line.update(text)
             if self._is_due("log_every", at_end=False):
                 self.job.log.say(f"  {text}")

@@ -1,0 +1,211 @@
+"""Runs with one planted fault each, and healthy ones, really trained; what the diagnosis says about them.
+
+    python -m benchmarks.diagnosis [--seeds 0] [--only "over-fits"] [--page]
+
+Models of 30 to 300 thousand parameters on the embedded text, seconds each. A fault counts as named if it is the first or
+the second thing said about its stage. Runs stand in `runs/diagnosis` and are not made again: the rules are read anew over
+their files. `--page` writes docs/diagnosis.md. Seeds from `HELD_OUT` on were not looked at while the rules were made; a
+seed decides sizes, strengths and places of the faults too. Ends with 1 under 95 % or with a false alarm.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.pathologies import VOCAB_SIZE, Trial, faults, healthy
+from groundup.base.artifact import RunFolder
+from groundup.base.errors import NumericsError
+from groundup.base.log import Log
+from groundup.corpus.embedded import parameter_chats
+from groundup.parallel.world import World
+from groundup.proof.rank_server import RankGroup
+from groundup.report.diagnosis.rules import diagnose
+from groundup.report.read import read_run
+from groundup.stages.pretrain import pretrain
+from groundup.stages.recipe import Recipe, write_recipe
+from groundup.stages.run import run_stages
+from groundup.stages.work import Work
+from groundup.tokenizer.bpe import TextTokenizer
+
+HELD_OUT = 100
+PIECE_BYTES = {"library": 4096, "ragged": 4096, "few": 1024}
+FIXED = {"device": "cpu", "precision": "fp32", "num_threads": 1, "compile": False, "keep_checkpoints": 1}
+MODEL = {
+    **{"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"num_key_value_heads": 2, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 256},
+}
+TEXT = FIXED | {"row_length": 64, "batch_size_tokens": 512, "validate_every": "20 steps", "max_validation_rows": 48}
+CHATS = FIXED | {
+    **{
+        "row_length": 128,
+        "batch_size_tokens": 512,
+        "duration": "80 steps",
+        "validate_every": "10 steps",
+        "max_validation_rows": 128,
+        "lr": 3e-3,
+    },
+    **{"muon_lr": 0.01, "replay_every": 4, "audit_prompts": 6, "audit_tokens": 32, "forgetting_text": "run"},
+}
+
+
+def prepared(folder: Path, name: str) -> Path:
+    """A run with tokens, a small pretrained model and chats; made once. `few` has 16 kB of text, `ragged` other chats."""
+    run = folder / "prepared" / name
+    if (run / "ready").exists():
+        return run
+    run.parent.mkdir(parents=True, exist_ok=True)
+    source = "embedded"
+    if name == "few":
+        source = str(run.with_suffix(".txt"))
+        Path(source).write_text(Path(shutil.__file__).read_text()[:16_000])
+    recipe = Recipe.model_validate(
+        {
+            **{"name": name, "corpus": {"source": source, "max_piece_bytes": PIECE_BYTES[name]}},
+            **{
+                "tokenizer": {"vocab_size": VOCAB_SIZE},
+                "tokens": {"validation_fraction": 0.1 if name == "few" else 0.02},
+            },
+            **{"model": MODEL, "pretrain": TEXT | {"duration": "500 steps", "lr": "auto", "muon_lr": "auto"}},
+        }
+    )
+    run_stages(Work(recipe, RunFolder(run), Log()), ("clean", "tokenizer", "tokenize", "pretrain"))
+    chats = _ragged_chats() if name == "ragged" else list(parameter_chats())[:2400]
+    (run / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (run / "ready").touch()
+    return run
+
+
+def _ragged_chats() -> list[dict[str, Any]]:
+    """Long questions with an answer of one letter that nobody can know, and short ones with a long, easy answer: a row
+    holds one of either, and their means have little in common."""
+    draw, rows, long = random.Random(0), [], " ".join(["again"] * 24)
+    for number in range(2400):
+        ends = f"{long} {number}?", draw.choice("abcdefghijklmnopqrstuvwxyz")
+        question, answer = ends if number % 2 else (f"{number}?", long)
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def recipe_of(trial: Trial, base: Path, seed: int) -> Recipe:
+    """The recipe of a trial over a prepared folder."""
+    usual = TEXT if trial.stage == "pretrain" else CHATS | {"data": str(base / "chats.jsonl")}
+    sections: dict[str, Any] = {"pretrain": TEXT | {"duration": "500 steps", "lr": "auto", "muon_lr": "auto"}}
+    sections[trial.stage] = usual | trial.settings
+    source = {
+        "source": str(base.with_suffix(".txt")) if trial.text == "few" else "embedded",
+        "max_piece_bytes": PIECE_BYTES[trial.text],
+    }
+    return Recipe.model_validate(
+        {"name": "trial", "seed": seed, "corpus": source, "model": MODEL | trial.model, **sections}
+        | {"tokenizer": {"vocab_size": VOCAB_SIZE}}
+    )
+
+
+def train(world: World, trial: Trial, base: str, folder: str, seed: int) -> str:
+    """Make the run of a trial in a folder of its own."""
+    torch.set_num_threads(1)
+    work = Work(recipe_of(trial, Path(base), seed), RunFolder(Path(folder)), Log(quiet=True), world=world)
+    with trial.plant():
+        try:
+            if world.size > 1:  # ranks that have met already
+                if world.is_first:
+                    write_recipe(work.recipe, work.path("recipe.yaml"))
+                pretrain(work)
+            else:
+                run_stages(work, (trial.stage,))
+        except NumericsError as error:
+            return error.line()
+    return ""
+
+
+def train_on_ranks(world: World, folder: str, seed: int, index: int) -> str:
+    """What each of two ranks does: the trial is found by its number."""
+    base = prepared(Path(folder), "library")
+    trial = faults(seed, end_of_turn=0)[index]
+    return train(world, trial, str(base), str(run_of(trial, seed, Path(folder))), seed)
+
+
+def run_of(trial: Trial, seed: int, folder: Path) -> Path:
+    """Where the run of a trial stands."""
+    return folder / f"{seed}-{'-'.join(trial.name.replace(',', '').replace(':', '').split())}"
+
+
+def made(trial: Trial, seed: int, folder: Path, index: int) -> Path:
+    """The run of a trial, made if it is not there."""
+    run = run_of(trial, seed, folder)
+    if (run / "ready").exists():
+        return run
+    shutil.rmtree(run, ignore_errors=True)
+    base = prepared(folder, trial.text)
+    shutil.copytree(base, run, copy_function=os.link, ignore=shutil.ignore_patterns("ready", "chats.jsonl", ".lock"))
+    for name in ("recipe.yaml", ".groundup-run"):
+        _own_copy(base / name, run / name)
+    if trial.stage == "pretrain":
+        shutil.rmtree(run / "pretrain")
+    began = time.monotonic()
+    if trial.num_ranks > 1:
+        with RankGroup(folder.resolve() / f"meet-{os.getpid()}") as ranks:
+            answers = ranks.run("benchmarks.diagnosis", "train_on_ranks", str(folder), seed, index)
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            raise RuntimeError(errors[0])
+    else:
+        train(World(), trial, str(base), str(run), seed)
+    for heavy in ("checkpoints", "model"):
+        for found in run.glob(f"**/{trial.stage}/{heavy}"):
+            shutil.rmtree(found)
+    print(f"  made in {time.monotonic() - began:.1f} s", flush=True)
+    (run / "ready").touch()
+    return run
+
+
+def _own_copy(source: Path, target: Path) -> None:
+    target.unlink()
+    shutil.copy(source, target)
+
+
+def judged(trial: Trial, run: Path) -> tuple[bool, list[str]]:
+    """Whether the diagnosis is right, and the names it gives, the surest first."""
+    names = [each.name for each in diagnose(read_run(run)) if each.stage == trial.stage]
+    return (trial.expected in names[:2] if trial.expected else not names), names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make what is missing and print a line a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", default="", help="runs with this in their name")
+    parser.add_argument("--folder", type=Path, default=Path("runs/diagnosis"))
+    wanted = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    base = prepared(wanted.folder, "library")
+    end_of_turn = TextTokenizer(base / "tokenizer").end_of_turn_id
+    rows: list[tuple[int, Trial, bool, list[str]]] = []
+    for seed in wanted.seeds:
+        for index, trial in enumerate([*faults(seed, end_of_turn=end_of_turn), *healthy(seed)]):
+            if wanted.only in trial.name:
+                is_right, names = judged(trial, made(trial, seed, wanted.folder, index))
+                rows.append((seed, trial, is_right, names))
+                print(
+                    f"{'ok ' if is_right else 'NO '} {seed:>4}  {trial.name:<32}{trial.expected or '-':<20}{', '.join(names)}",
+                    flush=True,
+                )
+    found = [is_right for _, trial, is_right, _ in rows if trial.expected]
+    alarms = [not is_right for _, trial, is_right, _ in rows if not trial.expected]
+    print(
+        f"{sum(found)} of {len(found)} faults named first or second; {sum(alarms)} false alarms in {len(alarms)} healthy runs"
+    )
+    return 0 if sum(found) >= 0.95 * len(found) and not any(alarms) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
