@@ -19,6 +19,8 @@ from groundup.stages.recipe import load_recipe
 from groundup.train.fit import easier
 from groundup.train.footprint import footprint, num_parameters
 
+pytestmark = pytest.mark.costly
+
 QUIET = Log(quiet=True)
 
 
@@ -31,7 +33,6 @@ def said_of(found, prices=None):
     return "\n".join(plan_lines(found, prices or Prices()))
 
 
-@pytest.mark.costly
 def test_a_plan_is_what_the_stages_then_do(tmp_path, no_probe):
     path, runs = write_way(tmp_path), tmp_path / "runs"
     before = plan_of(path)
@@ -229,7 +230,6 @@ def test_a_recipe_that_trains_nothing(tmp_path, no_probe):
         plan_of(path)
 
 
-@pytest.mark.costly
 def test_the_probe_measures_a_process_and_its_steps(tmp_path):
     recipe = load_recipe(str(write_way(tmp_path)))
     shape = recipe.model.model_copy(update={"vocab_size": 300})

@@ -9,6 +9,8 @@ from groundup.model.segments import Segments
 from groundup.parallel.context import local_part
 from groundup.parallel.mesh import Mesh
 
+pytestmark = pytest.mark.costly
+
 WORK = Path(__file__).with_name("work_of_token_ranks.py")
 EQUAL = 1e-5
 MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -41,7 +43,6 @@ def test_two_parts_of_rows_equal_the_whole(on_two_ranks, changes, maker, kind):
     check_equal(on_two_ranks(WORK, "compare", {"context": 2}, changes, maker, kind), 24)
 
 
-@pytest.mark.costly
 def test_a_compiled_block_gathers_without_a_break(on_two_ranks):
     check_equal(on_two_ranks(WORK, "compare", {"context": 2}, {}, "sdpa", "none", [], True), 24)
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.costly
+
 WORK = Path(__file__).with_name("work_of_token_ranks.py")
 EQUAL = 1e-5
 ROWS, CHOSEN, LAYERS = 8 * 48, 2, 2
@@ -30,7 +32,6 @@ def test_two_ranks_with_half_the_experts_equal_one(on_two_ranks, kind):
     assert sum(sum(answer["value"]["rows"]) for answer in answers) == ROWS * CHOSEN * LAYERS * (1 + (kind != "none"))
 
 
-@pytest.mark.costly
 def test_a_compiled_block_breaks_where_tokens_travel(on_two_ranks):
     check_equal(on_two_ranks(WORK, "compare", {"expert": 2}, MOE, "sdpa", "none", [], True), 2)
 

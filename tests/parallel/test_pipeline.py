@@ -13,6 +13,8 @@ from groundup.parallel.mesh import Mesh, check_mesh
 from groundup.parallel.pipeline import keep_stages, own_stages, split_layers
 from groundup.proof.spread.table import Case, judge
 
+pytestmark = pytest.mark.costly
+
 WORK = Path(__file__).with_name("work_pipeline.py")
 BLOCK = 32 * (4 + 2 * 2 + 4) * 8 + 3 * 32 * 48
 """Products a token of a block of DENSE."""

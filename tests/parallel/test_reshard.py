@@ -11,6 +11,8 @@ from groundup.base.piece import Piece
 from groundup.parallel.world import World
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
 
+pytestmark = pytest.mark.costly
+
 WORK = Path(work_reshard.__file__)
 ONE, SHARDS, STAGES = {}, {"data_shard": 2}, {"pipeline": 2}
 

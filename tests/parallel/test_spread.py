@@ -11,6 +11,8 @@ from groundup.proof.spread import table
 from groundup.proof.spread.table import CASES, Case, Result, judge
 from groundup.stages.recipe import load_recipe
 
+pytestmark = pytest.mark.costly
+
 DENSE = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -9,6 +9,8 @@ from groundup.parallel.apply import apply
 from groundup.parallel.mesh import Mesh
 from groundup.parallel.tensor import shard_tensors
 
+pytestmark = pytest.mark.costly
+
 WORK = Path(__file__).with_name("work_tensor.py")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SHAPES = {
