@@ -28,7 +28,7 @@ from groundup.base.log import Log
 from groundup.corpus.embedded import parameter_chats
 from groundup.parallel.world import World
 from groundup.proof.rank_server import RankGroup
-from groundup.report.diagnosis.rules import diagnose
+from groundup.report.diagnosis.rules import RULES, diagnose
 from groundup.report.read import read_run
 from groundup.stages.pretrain import pretrain
 from groundup.stages.recipe import Recipe, write_recipe
@@ -36,7 +36,8 @@ from groundup.stages.run import run_stages
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
-HELD_OUT = 100
+HELD_OUT = 200
+PAGE = Path("docs/diagnosis.md")
 PIECE_BYTES = {"library": 4096, "ragged": 4096, "few": 1024}
 FIXED = {"device": "cpu", "precision": "fp32", "num_threads": 1, "compile": False, "keep_checkpoints": 1}
 MODEL = {
@@ -77,7 +78,9 @@ def prepared(folder: Path, name: str) -> Path:
             **{"model": MODEL, "pretrain": TEXT | {"duration": "500 steps", "lr": "auto", "muon_lr": "auto"}},
         }
     )
-    run_stages(Work(recipe, RunFolder(run), Log()), ("clean", "tokenizer", "tokenize", "pretrain"))
+    run_stages(Work(recipe, RunFolder(run), Log()), ("clean", "tokenizer", "tokenize"))
+    if name != "few":  # no chats follow it
+        run_stages(Work(recipe, RunFolder(run), Log()), ("pretrain",))
     chats = _ragged_chats() if name == "ragged" else list(parameter_chats())[:2400]
     (run / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (run / "ready").touch()
@@ -150,7 +153,7 @@ def made(trial: Trial, seed: int, folder: Path, index: int) -> Path:
     for name in ("recipe.yaml", ".groundup-run"):
         _own_copy(base / name, run / name)
     if trial.stage == "pretrain":
-        shutil.rmtree(run / "pretrain")
+        shutil.rmtree(run / "pretrain", ignore_errors=True)
     began = time.monotonic()
     if trial.num_ranks > 1:
         with RankGroup(folder.resolve() / f"meet-{os.getpid()}") as ranks:
@@ -179,12 +182,40 @@ def judged(trial: Trial, run: Path) -> tuple[bool, list[str]]:
     return (trial.expected in names[:2] if trial.expected else not names), names
 
 
+def _place(is_right: bool, trial: Trial, names: Sequence[str]) -> str:
+    """Where the expected name stands among what is said; for a healthy run, what is said."""
+    if not trial.expected:
+        return "nothing" if is_right else f"**{', '.join(names)}**"
+    return str(names.index(trial.expected) + 1) if trial.expected in names else "**not named**"
+
+
+def write_page(rows: Sequence[tuple[int, Trial, bool, list[str]]], page: Path = PAGE) -> None:
+    """Replace the tables of the page: the symptoms, and each run by seed."""
+    seeds = list(dict.fromkeys(seed for seed, *_ in rows))
+    places: dict[tuple[str, str], dict[int, str]] = {}
+    for seed, trial, is_right, names in rows:
+        places.setdefault((trial.name, trial.expected), {})[seed] = _place(is_right, trial, names)
+    head = [f"{seed}{' (held out)' if seed >= HELD_OUT else ''}" for seed in seeds]
+    lines = ["## Symptoms", "", "| name | what it is |", "|---|---|"]
+    lines += [f"| `{name}` | {' '.join((rule.__doc__ or '').split())} |" for name, rule in RULES.items()]
+    for title, is_fault in (("Planted faults: place of the right name", True), ("Healthy runs: what was said", False)):
+        lines += ["", f"## {title}", "", f"| run | {'symptom | ' if is_fault else ''}{' | '.join(head)} |"]
+        lines.append(f"|{'---|' * (1 + is_fault + len(seeds))}")
+        for (name, expected), found in places.items():
+            if bool(expected) == is_fault:
+                cells = [name, *([f"`{expected}`"] if is_fault else []), *(found.get(seed, "") for seed in seeds)]
+                lines.append(f"| {' | '.join(cells)} |")
+    before = page.read_text(encoding="utf-8").partition("## Symptoms\n")[0]
+    page.write_text(before + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make what is missing and print a line a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", default="", help="runs with this in their name")
     parser.add_argument("--folder", type=Path, default=Path("runs/diagnosis"))
+    parser.add_argument("--page", action="store_true", help="write the tables of docs/diagnosis.md")
     wanted = parser.parse_args(arguments)
     torch.set_num_threads(1)
     base = prepared(wanted.folder, "library")
@@ -204,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{sum(found)} of {len(found)} faults named first or second; {sum(alarms)} false alarms in {len(alarms)} healthy runs"
     )
+    if wanted.page:
+        write_page(rows)
     return 0 if sum(found) >= 0.95 * len(found) and not any(alarms) else 1
 
 

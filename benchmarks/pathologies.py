@@ -289,7 +289,7 @@ def faults(seed: int, *, end_of_turn: int) -> list[Trial]:
             "diverges late",
             "diverged",
             long | adamw(1) | {"schedule": "constant", "max_grad_norm": None},
-            plant=rate_from(draw.uniform(0.5, 0.7), between(40, 100), steps),
+            plant=rate_from(draw.uniform(0.5, 0.7), between(150, 400), steps),
         ),
         Trial(
             "diverges, no clipping",
@@ -312,7 +312,7 @@ def faults(seed: int, *, end_of_turn: int) -> list[Trial]:
         Trial(
             "batch far too small",
             "oscillates",
-            {"batch_size_tokens": 64, "duration": "300 steps", "schedule": "constant"} | adamw(between(4, 8)),
+            {"batch_size_tokens": 64, "duration": "300 steps", "schedule": "constant"} | adamw(between(1.5, 3)),
         ),
         Trial(
             "bad documents",

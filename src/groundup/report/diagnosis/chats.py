@@ -1,11 +1,13 @@
 """Symptoms of fine-tuning: what is forgotten, and answers that never stop."""
 
+import statistics
+
 from groundup.report.diagnosis.evidence import Evidence
 from groundup.report.diagnosis.finding import Finding
 from groundup.report.numbers import percent
 
 FORGETTING = 0.08
-LEAST_STOPPING = 0.8
+LEAST_STOPPING = 0.7
 
 
 def forgets(evidence: Evidence) -> Finding | None:
@@ -30,9 +32,10 @@ def never_stops(evidence: Evidence) -> Finding | None:
     """Answers run to their limit."""
     stage = evidence.stage
     looks = stage.audit.get("stop_rate")
-    rate = stage.figure("stop_rate")
-    rate = looks.values[-1] if rate is None and looks else rate
-    if rate is None or rate >= LEAST_STOPPING:
+    rate, least = stage.figure("stop_rate"), LEAST_STOPPING
+    if rate is None and looks:
+        rate, least = statistics.median(looks.values[-3:]), LEAST_STOPPING / 2  # a few prompts, cut short
+    if rate is None or rate >= least:
         return None
     return Finding(
         "answers do not stop by themselves",

@@ -67,10 +67,19 @@ def swing(evidence: Evidence) -> tuple[int, float] | None:
     if not len(dips):
         return None
     period = 2 + int(dips[0]) + int(np.argmax(likeness[dips[0] :]))
-    if likeness[period - 2] < 0.45 or period < 6:
+    if likeness[period - 2] < 0.45 or period < 6 or _is_an_epoch(evidence, period):
         return None
     height = float(np.percentile(smooth, 95) - np.percentile(smooth, 5))
     return (period, height) if height > max(4 * evidence.noise / np.sqrt(3), 0.04 * evidence.end) else None
+
+
+def _is_an_epoch(evidence: Evidence, period: int) -> bool:
+    """Whether a period is that of the passes over the text: where it is learned by heart, that shows by itself."""
+    epochs = evidence.stage.epoch
+    if not epochs or epochs.values[-1] < 2:
+        return False
+    passes = period * epochs.values[-1] / epochs.steps[-1]
+    return abs(passes - round(passes)) < 0.15 and round(passes) >= 1
 
 
 def oscillates(evidence: Evidence) -> Finding | None:

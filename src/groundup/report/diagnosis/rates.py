@@ -6,7 +6,7 @@ from groundup.report.diagnosis.evidence import Evidence
 from groundup.report.diagnosis.finding import Finding
 from groundup.report.numbers import percent, short
 
-FAR_ABOVE, FAR_BELOW = 4.0, 0.2
+FAR_ABOVE, WAY_ABOVE, FAR_BELOW = 4.0, 10.0, 0.2
 """Multiples of the law's rate from which a curve that fits is explained by the rate; the law itself is right to 1.5×."""
 
 
@@ -28,11 +28,9 @@ def lr_too_high(evidence: Evidence) -> Finding | None:
         signs.append(norms)
     ratio = evidence.lr_ratio
     is_far = ratio is not None and ratio >= FAR_ABOVE
-    if (
-        not signs
-        or (ratio is None and len(signs) < 2)
-        or (ratio is not None and not is_far and ratio < 2 and len(signs) < 3)
-    ):
+    # without a law two signs are needed, near it three; far above it the rate itself is a sign, and ten times is enough
+    least = 2 if ratio is None else 3 if ratio < FAR_ABOVE / 2 else 2 if not is_far else 1 if ratio < WAY_ABOVE else 0
+    if len(signs) < least:
         return None
     if is_far:
         signs.append(
