@@ -1,5 +1,6 @@
 """The command line: one command a stage. Parses, calls, prints errors; torch is imported only by what runs."""
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from groundup.base.log import Log
 from groundup.base.machine import prepare_process
 from groundup.base.settings import section_help
 from groundup.base.signals import stop_request
-from groundup.parallel.rank import PEER_LOST, launcher_reports
+from groundup.parallel.rank import PEER_LOST, launcher_reports, tell_torchrun, was_started_again
 
 app = App(
     name="groundup",
@@ -90,6 +91,8 @@ def _work(
     from groundup.stages.work import Work
 
     loaded, world = load_recipe(recipe, _overrides(tokens)), World.from_environment()
+    if trains:
+        _refuse_accelerate(loaded)
     if trains and world.size == 1 and loaded.parallel.num_ranks > 1:
         raise _NeedsRanks(loaded.parallel)
     if trains:
@@ -97,6 +100,18 @@ def _work(
     log = Log(quiet=not world.is_first)
     policy = ChangePolicy(tuple(allow_change), restart)
     return Work(loaded, RunFolder(runs_dir / loaded.name), log, policy, world, is_strict=strict, is_exact=exact)
+
+
+def _refuse_accelerate(recipe: Any) -> None:
+    """Raise ConfigError where `accelerate launch` was told something else than the recipe says."""
+    from groundup.parallel.accelerate_settings import refuse_contradiction
+
+    for name in TRAINING_COMMANDS:
+        section = getattr(recipe, name)
+        if section is not None:
+            refuse_contradiction(
+                os.environ, name, precision=section.precision, device=section.device, compiles=section.compile
+            )
 
 
 class _NeedsRanks(Exception):
@@ -599,6 +614,66 @@ def inspect_tokens(
     inspect.inspect_tokens(work, count=count, html=html)
 
 
+@app.command
+def launch(
+    recipe: str,
+    *settings: Overrides,
+    command: Literal["run", "pretrain", "sft", "lora"] = "run",
+    nproc: int | None = None,
+    nnodes: int = 1,
+    node_rank: int | None = None,
+    rdzv_endpoint: str = "",
+    max_restarts: int | None = None,
+    slurm: Annotated[bool, Parameter(negative="")] = False,
+    submit: Annotated[bool, Parameter(negative="")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    allow_change: AllowChange = (),
+    restart: Restart = False,
+    strict: Strict = False,
+    exact: Exact = False,
+) -> None:
+    """Run a recipe on several processes of this machine, or of several machines, on each of which this is started.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    command
+        What every process runs.
+    nproc
+        Processes of each machine: one for each GPU. Left out: as many as the recipe's `parallel:` asks for.
+    nnodes
+        Machines.
+    node_rank
+        This machine's number, 0 on that of the end point; left out: found by the machine's name.
+    rdzv_endpoint
+        HOST:PORT at which several machines meet.
+    max_restarts
+        How often lost processes are started again; as --parallel.max_restarts.
+    slurm
+        Print the job for sbatch instead.
+    submit
+        Submit the job with sbatch instead.
+    """
+    from groundup.stages.spread_run import plan_launch
+
+    passed_on = [command, recipe, *settings]
+    if runs_dir != Path("runs"):
+        passed_on += ["--runs-dir", str(runs_dir)]
+    for key in allow_change:
+        passed_on += ["--allow-change", key]
+    for option, is_set in (("--restart", restart), ("--strict", strict), ("--exact", exact)):
+        passed_on += [option] * is_set
+    plan = plan_launch(passed_on, _overrides(settings), nproc, nnodes, max_restarts)
+    if slurm or submit:
+        from groundup.parallel.slurm import submit as submit_job
+
+        script = plan.sbatch_script()
+        print(submit_job(script) if submit else script.rstrip())
+        return
+    sys.exit(plan.run(Log(), rdzv_endpoint=rdzv_endpoint, node_rank=node_rank))
+
+
 @app.command(name="verify-resume")
 def verify_resume(
     recipe: str, *settings: Overrides, kills: int = 12, seed: int = 0, runs_dir: RunsDir = Path("runs")
@@ -728,7 +803,8 @@ def _say_last(text: str, *, has_lost_peer: bool = False) -> None:
     """To standard error; of several ranks only the one that failed first is heard, which their launcher knows."""
     reports = launcher_reports()
     if reports is None:
-        print(text, file=sys.stderr)
+        tell_torchrun(text)
+        print(text, file=sys.stderr, flush=True)
     else:
         reports.last_words(text, has_lost_peer=has_lost_peer)
 
@@ -739,10 +815,11 @@ def _bugs_to_launcher() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if launcher_reports() is None:
-            raise
         import traceback
 
+        if launcher_reports() is None:
+            tell_torchrun(traceback.format_exc().rstrip())
+            raise
         _say_last(traceback.format_exc().rstrip())
         sys.exit(1)
 
@@ -752,6 +829,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     launcher_reports()
     prepare_process()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if was_started_again():
+        given = [argument for argument in given if argument != "--restart"]
     try:
         _run_command(given)
     except _NeedsRanks as needs:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,9 @@ REPORT_FD = "GROUNDUP_REPORT_FD"
 LAUNCHER_PID = "GROUNDUP_LAUNCHER_PID"
 LISTEN_FD = "GROUNDUP_LISTEN_FD"
 """Variables by which the launcher names a pipe, itself, and (to rank 0) the socket at which the ranks meet."""
+TORCHRUN_REPLY = "TORCHELASTIC_ERROR_FILE"
+TORCHRUN_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""torchrun's: a file for what a rank ends with, and how often it has started the ranks again."""
 BEAT_SECONDS = 1.0
 PEER_LOST = "E-RANK-GONE"
 """Code of the error of a rank that can no longer reach another one: a consequence, never the cause."""
@@ -76,3 +80,18 @@ def launcher_reports() -> Reports | None:
         if os.getppid() != launcher:  # it died before the line above
             os.kill(os.getpid(), signal.SIGKILL)
     return Reports(descriptor)
+
+
+def tell_torchrun(text: str) -> None:
+    """Leave what this rank ends with where torchrun, if it started the rank, looks for the first cause."""
+    import json
+
+    reply = os.environ.get(TORCHRUN_REPLY)
+    if reply:
+        with open(reply, "w", encoding="utf-8") as file:  # noqa: PTH123 (pathlib is what a command's help does without)
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
+
+
+def was_started_again() -> bool:
+    """Whether torchrun started this rank again after one was lost: then `--restart` would throw away what was saved."""
+    return int(os.environ.get(TORCHRUN_RESTARTS) or 0) > 0
