@@ -8,6 +8,7 @@ module, or a file, and of a function in it, and its arguments. One JSON line out
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def _serve(rank: int, size: int, meet: str) -> None:
     from groundup.parallel.world import World
 
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # what is slow among ranks is no news here
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=PATIENCE)
     for line in sys.stdin:
         where, name, arguments = json.loads(line)
