@@ -110,6 +110,14 @@ def test_fused_weights_keep_their_names_shapes_and_values(make_model, shape):
     agrees_with_the_plain_forward(fused, LEVEL)
 
 
+def test_weights_side_by_side_with_biases_that_are_not(make_model):
+    model = make_model(model_type="qwen2")
+    model.fuse_for_reading()
+    bias = model.model.layers[0].self_attn.k_proj.bias
+    bias.data = bias.data.clone()
+    assert [len(layer.qkv) for layer in agrees_with_the_plain_forward(model, LEVEL).layers] == [3, 1]
+
+
 def with_adapter(model):
     inject_lora(model, AdapterConfig(adapter="lora", lora_rank=2), seed=1)
     with torch.no_grad():
