@@ -36,7 +36,7 @@ from groundup.stages.run import run_stages
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
-HELD_OUT = 200
+HELD_OUT = 300
 PAGE = Path("docs/diagnosis.md")
 PIECE_BYTES = {"library": 4096, "ragged": 4096, "few": 1024}
 FIXED = {"device": "cpu", "precision": "fp32", "num_threads": 1, "compile": False, "keep_checkpoints": 1}

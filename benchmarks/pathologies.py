@@ -435,8 +435,8 @@ def healthy(seed: int) -> list[Trial]:
         run("experts", {}, MOE | small),
         run("rate off by 2", {"optimizer": "adamw", "lr": 0.004 * rate}),
         run("no clipping", {"max_grad_norm": None, "z_loss": 1e-4}, small),
-        Trial("sft", "", {}, **chats),
-        Trial("sft, adamw", "", {"optimizer": "adamw", "lr": 2e-3 * rate}, **chats),
+        Trial("sft", "", {"duration": "160 steps"}, **chats),
+        Trial("sft, adamw", "", {"optimizer": "adamw", "lr": 2e-3 * max(rate, 1.0), "duration": "160 steps"}, **chats),
         Trial("lora", "", adapter | {"lora_rank": 8, "lr": 1e-2, "muon_lr": 0.02}, stage="lora"),
         Trial("lora, adamw", "", adapter | {"lora_rank": 16, "optimizer": "adamw", "lr": 2e-2}, stage="lora"),
     ]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from groundup.base import errors
 
+KINDS: tuple[type[errors.GroundupError], ...] = (errors.GroundupError, *errors.GroundupError.__subclasses__())
 SOURCE, PAGE = Path("src/groundup"), Path("docs/troubleshooting.md")
-KINDS: list[type[errors.GroundupError]] = [errors.GroundupError, *errors.GroundupError.__subclasses__()]
-CLASSES = {kind.__name__: kind for kind in KINDS}
+CLASSES: dict[str, type[errors.GroundupError]] = {kind.__name__: kind for kind in KINDS}
 HEAD = """# Troubleshooting
 
 Each error of groundup is one line: a code, what is wrong, where, and what to do next. This page is the list of them, made

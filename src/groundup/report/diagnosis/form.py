@@ -9,6 +9,8 @@ from groundup.report.numbers import percent
 
 SPIKE_DEVIATIONS = 12.0
 FLAT_FRACTION = 0.01
+SMALL_BATCH = 256
+"""Tokens of a batch below which noise is laid to it."""
 
 
 def stuck_at_uniform(evidence: Evidence) -> Finding | None:
@@ -100,7 +102,10 @@ def oscillates(evidence: Evidence) -> Finding | None:
     batch, ratio = evidence.number("batch_size_tokens") or 0.0, evidence.lr_ratio
     if evidence.noise < 0.03 * evidence.end or fall > 1.2 * evidence.noise or not evidence.is_pretraining:
         return None
-    cause = "the rate" if ratio is not None and ratio > 4 else "the batch"
+    is_fast = ratio is not None and ratio > 2
+    if not is_fast and batch >= SMALL_BATCH:
+        return None
+    cause = "the rate" if is_fast else "the batch"
     return Finding(
         f"the loss oscillates without falling: {cause}",
         f"from step to step it changes by {evidence.noise:.3f}, and fell by {fall:.3f} from the middle to the last fifth; a batch is "
