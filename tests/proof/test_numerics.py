@@ -265,8 +265,10 @@ def experts_one_token_late(monkeypatch):
 def balance_of_the_micro_batch(monkeypatch):
     honest = causal_lm.load_balance
 
-    def balance(routings, counted_BT, weight_B, config):
-        return honest(routings, counted_BT, weight_B, config.model_copy(update={"router_aux_loss_scope": "batch"}))
+    def balance(routings, counted_BT, weight_B, config, *rest):
+        return honest(
+            routings, counted_BT, weight_B, config.model_copy(update={"router_aux_loss_scope": "batch"}), *rest
+        )
 
     monkeypatch.setattr(causal_lm, "load_balance", balance)
 

@@ -65,7 +65,7 @@ def checkpoint_bytes(engine: TorchEngine) -> int:
     """Bytes of one checkpoint: the weights, what the optimizers will keep of them, and their averages. Collective."""
     owned = {name: weight for name, weight in engine.weights.items() if engine.owns(name)}
     shapes = {name: tuple(weight.shape) for name, weight in owned.items() if name in engine.masters}
-    averages = sum(owned[name].numel() * 4 for name in shapes) if engine.average is not None else 0
+    averages = 8 + sum(owned[name].numel() * 4 for name in shapes) if engine.average is not None else 0
     own = sum(weight.nbytes for weight in owned.values()) + averages + state_bytes(shapes, engine.config)
     return engine.world.sum_counts([own])[0] if engine.meets_others else own
 
