@@ -8,6 +8,7 @@ from groundup.adapters.config import AdapterConfig
 from groundup.insight.advice import advise
 from groundup.model.config import ModelConfig
 from groundup.optim.config import OptimConfig
+from groundup.parallel.cut import Spread
 from groundup.train.footprint import Training, footprint
 
 SEVEN_BILLION = ModelConfig(
@@ -58,7 +59,7 @@ def test_a_model_of_seven_billion_takes_what_is_published():
     parameters = 6_738_415_616  # of Llama 7B (arXiv:2302.13971)
     states = whole.weights + whole.gradients + whole.optimizer
     assert states == pytest.approx(parameters * (4 + 2 + 4 + 8), rel=0.001)
-    shared = footprint(SEVEN_BILLION, replace(TRAINING, num_shards=64))
+    shared = footprint(SEVEN_BILLION, replace(TRAINING, spread=Spread(data_shard=64)))
     gathered = 2 * (2 * 131_072_000 + 2 * 202_383_360 + 4096)
     assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(
         16 * parameters / 64 + gathered, rel=0.001

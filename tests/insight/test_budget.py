@@ -23,7 +23,7 @@ from groundup.insight.budget import (
 from groundup.insight.budget_words import WIDTH, budget_lines
 from groundup.insight.laws import REPLICATION
 from groundup.stages.starter import shape_of
-from groundup.train.footprint import num_parameters
+from groundup.train.weight_shapes import num_parameters
 
 
 def asked(flops, text_bytes=math.inf):

@@ -17,7 +17,8 @@ from groundup.insight.plan_words import WIDTH, Prices, plan_lines
 from groundup.insight.probe import probe
 from groundup.stages.recipe import load_recipe
 from groundup.train.fit import easier
-from groundup.train.footprint import footprint, num_parameters
+from groundup.train.footprint import footprint
+from groundup.train.weight_shapes import num_parameters
 
 pytestmark = pytest.mark.costly
 
@@ -205,7 +206,7 @@ def test_ranks_share_the_batch(tmp_path, no_probe):
     two = plan_of(path, overrides=[("parallel.data_replicate", "2")])
     assert two.training.batch_rows == one.training.batch_rows // 2 and two.flops == one.flops
     sharded = plan_of(path, overrides=[("parallel.data_shard", "2")])
-    assert sharded.training.num_shards == 2 and sharded.memory.optimizer < two.memory.optimizer
+    assert sharded.training.spread.data_shard == 2 and sharded.memory.optimizer < two.memory.optimizer
     assert sharded.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.01)
 
 

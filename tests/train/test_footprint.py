@@ -13,18 +13,10 @@ from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
+from groundup.parallel.cut import Spread
 from groundup.train.engine import TorchEngine
-from groundup.train.footprint import (
-    HEAP_SHARE,
-    HOLES_OF_AN_ADAPTER,
-    HOLES_OF_THE_HEAD,
-    OWN_MAPPING,
-    Training,
-    activation_bytes,
-    footprint,
-    parameter_shapes,
-    trained_shapes,
-)
+from groundup.train.footprint import HEAP_SHARE, HOLES_OF_AN_ADAPTER, HOLES_OF_THE_HEAD, OWN_MAPPING, Training, activation_bytes, footprint
+from groundup.train.weight_shapes import parameter_shapes, trained_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS, LENGTH = 3, 40
@@ -242,16 +234,21 @@ def test_holes_are_left_by_passes_and_by_tensors_of_the_heads_size():
 def test_shards_hold_a_share_of_all_that_lasts():
     shape = shape_of("qwen3").model_copy(update={"num_hidden_layers": 20})
     optim = OptimConfig(optimizer="adamw", ema_decay=0.9)
-    plain, shared = (
-        footprint(shape, training_of(optim=optim, num_shards=num, saves_while_training=True)) for num in (1, 4)
+    plain, shared, at_once = (
+        footprint(
+            shape,
+            training_of(optim=optim, spread=Spread(data_shard=num), saves_while_training=True, batch_rows=rows),
+        )
+        for num, rows in ((1, ROWS), (4, 2 * ROWS), (4, ROWS))
     )
-    for part in ("gradients", "optimizer", "average", "snapshot"):
-        assert getattr(shared, part) == pytest.approx(getattr(plain, part) / 4, abs=64), part
+    for part in ("optimizer", "average", "snapshot"):
+        assert getattr(shared, part) == pytest.approx(getattr(plain, part) / 4, rel=0.01), part
     blocks = [parameter_shapes(shape.model_copy(update={"num_hidden_layers": num})) for num in (0, 1)]
     root, with_block = (sum(map(prod, sizes.values())) for sizes in blocks)
     gathered = root + 2 * (with_block - root)
     assert shared.weights == pytest.approx(plain.weights / 4 + 4 * gathered, abs=64)
-    assert shared.activations == plain.activations and shared.apart == plain.gradients, "whole until a step's last pass"
+    assert shared.activations == plain.activations and shared.gradients == plain.gradients, "whole until the last pass"
+    assert at_once.gradients == pytest.approx(plain.gradients / 4, abs=64), "of one pass, summed block by block"
 
 
 def test_a_gpu_is_given_what_is_packed_already():

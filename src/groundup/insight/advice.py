@@ -8,7 +8,8 @@ from groundup.adapters.config import AdapterConfig
 from groundup.insight.drawing import count_words
 from groundup.model.config import ModelConfig
 from groundup.train.flops import step_flops
-from groundup.train.footprint import Footprint, Training, footprint, num_parameters, trained_shapes
+from groundup.train.footprint import Footprint, Training, footprint
+from groundup.train.weight_shapes import num_parameters, trained_shapes
 
 Method = Literal["full", "lora", "qlora"]
 BITS_A_PARAMETER = 2.0

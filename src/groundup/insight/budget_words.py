@@ -26,7 +26,7 @@ from groundup.insight.budget import (
 from groundup.insight.drawing import bytes_words, count_words, span_words
 from groundup.model.config import ModelConfig
 from groundup.stages.starter import BYTES_A_TOKEN, shape_of
-from groundup.train.footprint import num_parameters
+from groundup.train.weight_shapes import num_parameters
 
 WIDTH = 80
 MANY_EPOCHS = 4

@@ -15,6 +15,7 @@ from groundup.insight.amounts import Amounts, pretraining, standing_work, tuning
 from groundup.insight.probe import Probe, probe
 from groundup.model.config import ModelConfig
 from groundup.optim.schedules import lr_multiplier
+from groundup.parallel.cut import Spread
 from groundup.parallel.world import World
 from groundup.stages.config import FinetuneConfig, PretrainConfig
 from groundup.stages.pretrain import check_positions
@@ -22,15 +23,8 @@ from groundup.stages.recipe import Recipe
 from groundup.train.config import TrainConfig
 from groundup.train.fit import fitting_rows, memory_of_a_rank, smallest, training_of
 from groundup.train.flops import step_flops
-from groundup.train.footprint import (
-    FP32,
-    Footprint,
-    Training,
-    footprint,
-    num_parameters,
-    parameter_shapes,
-    trained_shapes,
-)
+from groundup.train.footprint import FP32, Footprint, Training, footprint
+from groundup.train.weight_shapes import num_parameters, parameter_shapes, trained_shapes
 from groundup.train.resolve import Resolved, resolve
 from groundup.train.saving import most_checkpoints
 
@@ -148,8 +142,9 @@ def plan_stage(
         world=world,
     )
     limit = memory_bytes or memory_of_a_rank(resolved.device, world.num_local)
-    training = _training(config, resolved, num_shards=world.mesh.degrees["data_shard"])
-    has_room = footprint(shape, smallest(training, is_auto=_is_auto(config))).total <= limit
+    training = _training(config, resolved, Spread.of(world.mesh.degrees, recipe.parallel))
+    alone = replace(smallest(training, is_auto=_is_auto(config)), spread=Spread())  # a probe is one process
+    has_room = footprint(shape, alone).total <= limit
     measured = probe(shape, _of_a_rank(config, world.size), times=probes and has_room)
     # a GPU's context is not in the resident size
     process = measured.process + amounts.data_bytes if resolved.device == "cpu" else None
@@ -167,6 +162,7 @@ def plan_stage(
         pairs=round(amounts.pairs_a_row),
     )
     own = sum(map(prod, trained_shapes(shape, training.adapter).values()))
+    whole = footprint(shape, replace(training, spread=Spread()))
     return StagePlan(
         stage=stage,
         shape=shape,
@@ -177,7 +173,7 @@ def plan_stage(
         memory=memory,
         limit=limit,
         flops=float(flops) * resolved.total_steps * resolved.batch_rows,
-        checkpoint_bytes=FP32 * own + (memory.optimizer + memory.average) * training.num_shards,
+        checkpoint_bytes=FP32 * own + whole.optimizer + whole.average,
         num_checkpoints=most_checkpoints(
             total_steps=resolved.total_steps,
             checkpoint_every=_steps_of(config.checkpoint_every, config, resolved, amounts),
@@ -217,16 +213,16 @@ def _is_auto(config: TrainConfig) -> bool:
     return config.micro_batch_rows == "auto"
 
 
-def _training(config: PretrainConfig | FinetuneConfig, resolved: Resolved, *, num_shards: int) -> Training:
+def _training(config: PretrainConfig | FinetuneConfig, resolved: Resolved, spread: Spread) -> Training:
     return training_of(
         config,
-        share_rows=-(-resolved.batch_rows // resolved.num_ranks),
+        share_rows=-(-resolved.batch_rows // spread.num_row_shares),
         rows=resolved.micro_batch_rows,
         precision=resolved.precision,
         attention=resolved.attention,
         num_lanes=resolved.num_lanes,
         device=resolved.device,
-        num_shards=num_shards,
+        spread=spread,
     )
 
 

@@ -8,7 +8,8 @@ from groundup.insight.advice import Advice, advise
 from groundup.insight.drawing import bar, bytes_words, count_words, curve, span_words
 from groundup.insight.plan import StagePlan, active_parameters, parameters_by_part
 from groundup.train.fit import easier
-from groundup.train.footprint import Footprint, footprint, num_parameters
+from groundup.train.footprint import Footprint, footprint
+from groundup.train.weight_shapes import num_parameters
 
 WIDTH = 80
 INDENT = 13
@@ -132,7 +133,7 @@ def _rooms(plan: StagePlan) -> Iterator[str]:
     is_found = is_spread = False
     before: list[str] = []
     for words, training in easier(plan.shape, plan.training):
-        is_spread_now = training.num_shards > plan.training.num_shards
+        is_spread_now = training.spread != plan.training.spread
         if (is_found and not is_spread_now) or is_spread:
             continue
         total = footprint(plan.shape, training, process=plan.memory.process).total

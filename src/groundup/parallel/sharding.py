@@ -3,14 +3,17 @@ arXiv:1910.02054; Zhao et al., arXiv:2304.11277)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from groundup.model.causal_lm import CausalLM
 from groundup.model.moe import Router
 from groundup.parallel.config import ParallelConfig
+from groundup.parallel.cut import shard_dim
 from groundup.parallel.mesh import Mesh
 
 
@@ -30,6 +33,7 @@ def shard_parameters(model: CausalLM, mesh: Mesh, config: ParallelConfig, *, dty
             mesh=dims,
             ignored_params=kept,
             reshard_after_forward=config.shard == "parameters" and module is not model,
+            shard_placement_fn=partial(_placement, mesh.degrees["data_shard"]),
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=None if dtype == torch.float32 else dtype,
                 reduce_dtype=torch.float32,
@@ -49,6 +53,11 @@ def shard_parameters(model: CausalLM, mesh: Mesh, config: ParallelConfig, *, dty
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor of 1 by NCCL's scaled sum, which gloo lacks
+
+
+def _placement(num_shards: int, parameter: nn.Parameter) -> Shard:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(shard_dim(tuple(local.shape), num_shards))
 
 
 def _indivisible(model: nn.Module, num_shards: int) -> Iterator[nn.Parameter]:

@@ -25,7 +25,7 @@ from groundup.optim.lr_law import settled
 from groundup.stages.chat_data import read_rows
 from groundup.stages.config import PretrainConfig
 from groundup.stages.recipe import Recipe
-from groundup.train.footprint import num_parameters
+from groundup.train.weight_shapes import num_parameters
 from groundup.train.pace import seconds_a_step
 from groundup.train.resolve import device_of
 

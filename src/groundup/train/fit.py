@@ -99,8 +99,10 @@ def easier(shape: ModelConfig, training: Training) -> Iterator[tuple[str, Traini
         yield ", ".join([*words, f"row_length: {length}"]), shorter
     for shards in (2**power for power in range(1, MOST_SHARDS.bit_length())):
         rows = max(1, training.batch_rows // shards)
-        spread = replace(training, num_shards=shards, batch_rows=rows, num_lanes=1)
-        yield ", ".join([*words, f"parallel.data_shard: {shards} on so many such devices"]), spread
+        spread = replace(training.spread, data_shard=shards * training.spread.data_shard)
+        devices = "so many" if training.spread.num_ranks == 1 else f"{spread.num_ranks}"
+        line = f"parallel.data_shard: {spread.data_shard} on {devices} such devices"
+        yield ", ".join([*words, line]), replace(training, spread=spread, batch_rows=rows, num_lanes=1)
 
 
 def _cheapest_first(training: Training) -> Iterator[tuple[str, dict[str, Any]]]:

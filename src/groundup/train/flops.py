@@ -10,7 +10,7 @@ from torch import Tensor
 
 from groundup.adapters.config import AdapterConfig
 from groundup.model.config import ModelConfig
-from groundup.train.footprint import parameter_shapes, trained_shapes
+from groundup.train.weight_shapes import parameter_shapes, trained_shapes
 
 TRAINED, FROZEN = 6, 4
 PAIR = 12

@@ -4,18 +4,27 @@ Nothing is measured here; `benchmarks/footprint.py` holds the formula against re
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 
 from groundup.adapters.config import AdapterConfig
-from groundup.adapters.targets import is_meant
 from groundup.model.config import ModelConfig
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import group_of, kind_of
 from groundup.optim.state import state_bytes
+from groundup.parallel.cut import Spread, shard_shape
+from groundup.train.spread_footprint import (
+    gathered_numbers,
+    held_shapes,
+    in_flight,
+    is_last,
+    largest_block,
+    layers_of,
+    local_model,
+    num_micro_batches,
+)
+from groundup.train.weight_shapes import Shape, Sizes, adapted, block_shapes, parameter_shapes, trained_shapes
 
-Shape = tuple[int, ...]
 FP32, INT64 = 4, 8
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 NF4_BYTES = 0.52
@@ -69,8 +78,8 @@ class Training:
     saves_while_training: bool = False
     may_adapt: bool = False
     """Whether a part of the weights could be trained instead of all: fine-tuning."""
-    num_shards: int = 1
-    """Ranks that hold a share each of weights, gradients and optimizer."""
+    spread: Spread = field(default_factory=Spread)
+    """How the ranks share the model, and the rank's place in the pipeline."""
 
     @property
     def item(self) -> int:
@@ -78,9 +87,24 @@ class Training:
         return ITEM[self.precision]
 
     @property
+    def queries(self) -> int:
+        """A rank's tokens of a row; its keys are those of the whole row."""
+        return self.row_length // self.spread.context
+
+    @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
-        return self.rows * self.row_length
+        """A rank's of one micro-batch."""
+        return self.rows * self.queries
+
+    @property
+    def own_tokens(self) -> int:
+        """Those between the products, which tensor ranks share."""
+        return self.tokens // self.spread.tensor
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a rank in a step."""
+        return num_micro_batches(self.spread, self.batch_rows, self.rows)
 
 
 @dataclass(frozen=True)
@@ -134,150 +158,73 @@ class Footprint:
         return ", ".join(f"{name} {num / 1e6:,.0f} MB" for name, num in parts.items() if num >= self.total / 100)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """A model's shape in numbers."""
-
-    shape: ModelConfig
-
-    @cached_property
-    def queries(self) -> int:
-        return self.shape.num_attention_heads * self.shape.head_size
-
-    @cached_property
-    def keys(self) -> int:
-        return self.shape.num_key_value_heads * self.shape.head_size
-
-    @cached_property
-    def vocab(self) -> int:
-        assert self.shape.vocab_size != "auto", "resolve the vocabulary first"
-        return self.shape.vocab_size
-
-
-def parameter_shapes(shape: ModelConfig) -> dict[str, Shape]:
-    """Every parameter's shape by its name, as `CausalLM.named_parameters` has them."""
-    hidden, vocab = shape.hidden_size, _Sizes(shape).vocab
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(shape.num_hidden_layers):
-        shapes |= {f"model.layers.{layer}.{name}": size for name, size in _block_shapes(shape, layer).items()}
-    shapes["model.norm.weight"] = (hidden,)
-    return shapes if shape.tie_word_embeddings else shapes | {"lm_head.weight": (vocab, hidden)}
-
-
-def num_parameters(shape: ModelConfig) -> int:
-    """All of a model's, a tied head once."""
-    return sum(map(prod, parameter_shapes(shape).values()))
-
-
-def _block_shapes(shape: ModelConfig, layer: int) -> dict[str, Shape]:
-    sizes, hidden = _Sizes(shape), shape.hidden_size
-    shapes: dict[str, Shape] = {}
-    outputs = {"q_proj": sizes.queries, "k_proj": sizes.keys, "v_proj": sizes.keys}
-    for name, size in outputs.items():
-        shapes[f"self_attn.{name}.weight"] = (size, hidden)
-        if shape.model_type == "qwen2" or shape.attention_bias:
-            shapes[f"self_attn.{name}.bias"] = (size,)
-    shapes["self_attn.o_proj.weight"] = (hidden, sizes.queries)
-    if shape.attention_bias:
-        shapes["self_attn.o_proj.bias"] = (hidden,)
-    if shape.has_qk_norm:
-        shapes |= {f"self_attn.{name}_norm.weight": (shape.head_size,) for name in "qk"}
-    shapes |= {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    if not shape.is_sparse(layer):
-        return shapes | _mlp_shapes("mlp", hidden, shape.intermediate_size)
-    assert shape.num_experts is not None
-    shapes["mlp.gate.weight"] = (shape.num_experts, hidden)
-    if shape.has_router_bias:
-        shapes["mlp.gate.e_score_correction_bias"] = (shape.num_experts,)
-    shapes["mlp.experts.gate_up_proj"] = (shape.num_experts, 2 * shape.expert_size, hidden)
-    shapes["mlp.experts.down_proj"] = (shape.num_experts, hidden, shape.expert_size)
-    if shape.n_shared_experts is not None:
-        shapes |= _mlp_shapes("mlp.shared_experts", hidden, shape.n_shared_experts * shape.expert_size)
-    return shapes
-
-
-def _mlp_shapes(name: str, hidden: int, inner: int) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {f"{name}.{part}_proj.weight": (inner, hidden) for part in ("gate", "up")}
-    return shapes | {f"{name}.down_proj.weight": (hidden, inner)}
-
-
-def adapted(shapes: Mapping[str, Shape], adapter: AdapterConfig) -> dict[str, Shape]:
-    """Shapes of the linear layers that an adapter is put onto, by their names."""
-    linears = {name.removesuffix(".weight"): size for name, size in shapes.items() if ".layers." in name}
-    linears = {name: size for name, size in linears.items() if name.endswith("_proj") and len(size) == 2}
-    return {
-        name: size for name, size in linears.items() if any(is_meant(name, pattern) for pattern in adapter.lora_targets)
-    }
-
-
-def trained_shapes(shape: ModelConfig, adapter: AdapterConfig | None) -> dict[str, Shape]:
-    """Shapes of what is trained, by name."""
-    shapes = parameter_shapes(shape)
-    if adapter is None:
-        return {name: size for name, size in shapes.items() if not name.endswith("e_score_correction_bias")}
-    trained: dict[str, Shape] = {}
-    for name, (outputs, inputs) in adapted(shapes, adapter).items():
-        trained[f"{name}.lora_A.default.weight"] = (adapter.lora_rank, inputs)
-        trained[f"{name}.lora_B.default.weight"] = (outputs, adapter.lora_rank)
-        if adapter.use_dora:
-            trained[f"{name}.lora_magnitude_vector.default.weight"] = (outputs,)
-    return trained
-
-
 def footprint(shape: ModelConfig, training: Training, *, process: int | None = None) -> Footprint:
-    """Memory of one rank that trains a model of this shape; `process` is what its stack was measured to take."""
-    shapes = parameter_shapes(shape)
-    trained = trained_shapes(shape, training.adapter)
-    num_trained = sum(map(prod, trained.values()))
-    copy = 0 if training.precision == "fp32" else training.item
-    shards = training.num_shards
-    held = -(-num_trained // shards)
-    moments = state_bytes(trained, training.optim) // shards
+    """Memory of one rank that trains a model of this shape, of a pipeline's the one that needs most; `process` is what
+    its stack was measured to take."""
+    spread = training.spread
+    places = (replace(training, spread=replace(spread, place=place)) for place in range(spread.pipeline))
+    return max((rank_footprint(shape, place, process=process) for place in places), key=lambda found: found.total)
+
+
+def rank_footprint(shape: ModelConfig, training: Training, *, process: int | None = None) -> Footprint:
+    """As `footprint`, of the rank at `training.spread.place`."""
+    spread = training.spread
+    trained = held_shapes(trained_shapes(shape, training.adapter), shape, spread)
+    shards = {name: shard_shape(size, spread) for name, size in trained.items()}
+    num_trained, held = sum(map(prod, trained.values())), sum(map(prod, shards.values()))
+    moments = state_bytes(shards, training.optim)
     average = 0 if training.optim.ema_decay is None else FP32 * held
-    frozen = _frozen_bytes(shapes, training, training.item)
-    weights = held * (FP32 + copy) + frozen if shards == 1 else held * FP32 + frozen // shards
     step, beside = _step_bytes(trained, training.optim)
     activations = training.num_lanes * activation_bytes(shape, training)
     logits = training.num_lanes * logits_bytes(shape, training)
     backward = training.num_lanes * _backward_bytes(shape, training)
+    is_offloaded = spread.cpu_offload and spread.data_shard > 1 and training.device == "cuda"
+    on_device = 0 if is_offloaded else 1  # shards and all that belongs to them lie in the host's memory
     return Footprint(
         process=process or (CUDA_PROCESS if training.device == "cuda" else PROCESS),
-        start=_start_bytes(shapes, training),
-        weights=weights + _gathered_bytes(shapes, training),
-        gradients=FP32 * held,
-        optimizer=moments,
-        average=average,
-        snapshot=FP32 * held + moments + average if training.saves_while_training else 0,
+        start=_start_bytes(parameter_shapes(shape), training),
+        weights=on_device * FP32 * held + _computing_bytes(shape, training, held),
+        gradients=_summed_bytes(num_trained, on_device * held, training),
+        optimizer=on_device * moments,
+        average=on_device * average,
+        snapshot=on_device * (FP32 * held + moments + average) if training.saves_while_training else 0,
         loader=2 * 3 * INT64 * training.batch_rows * training.row_length,
         activations=activations,
         logits=logits,
         backward=backward,
-        apart=_gradients_apart(num_trained, training),
+        apart=_gradients_apart(trained, training),
         heap=_heap_bytes(shape, training, activations + logits + backward),
         step=step,
         beside=beside,
     )
 
 
-def _gradients_apart(num_trained: int, training: Training) -> int:
-    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed. With shards
-    they are whole until the last micro-batch of a step."""
-    if training.num_shards > 1:
-        return training.item * num_trained
+def _computing_bytes(shape: ModelConfig, training: Training, held: int) -> int:
+    """What is computed with beside the masters: copies in another dtype, what of shards is gathered, what is frozen."""
+    spread = training.spread
+    everything = parameter_shapes(shape)
+    frozen = _frozen_bytes(everything, training, training.item)
+    gathered = training.item * gathered_numbers(held_shapes(everything, shape, spread), spread)
+    if spread.data_shard > 1:  # FSDP casts what it gathers
+        return frozen // spread.data_shard + gathered
+    return (0 if training.precision == "fp32" else training.item * held) + frozen
+
+
+def _summed_bytes(num_trained: int, held: int, training: Training) -> int:
+    """Sums in fp32: of a rank's part, or, until the last micro-batch of several, of all that FSDP gathers for it."""
+    if training.spread.data_shard > 1 and training.num_micro_batches > 1:
+        return FP32 * max(num_trained, held)
+    return FP32 * held
+
+
+def _gradients_apart(trained: Mapping[str, Shape], training: Training) -> int:
+    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed. Of shards,
+    those of two blocks: one is computed while the other's are sent, in fp32."""
+    if training.spread.data_shard > 1:
+        return (training.item + FP32) * 2 * largest_block(trained)
     if training.num_lanes == 1 and training.precision == "fp32":
         return 0
-    return training.num_lanes * training.item * num_trained
-
-
-def _gathered_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
-    """What a rank with a share of the weights holds whole while it computes: embeddings and head, a block and the next."""
-    if training.num_shards == 1:
-        return 0
-    by_block: dict[str, int] = {}
-    for name, size in shapes.items():
-        block = name.partition(".layers.")[2].partition(".")[0]
-        by_block[block] = by_block.get(block, 0) + prod(size)
-    return training.item * (by_block.pop("") + 2 * max(by_block.values()))
+    return training.num_lanes * training.item * sum(map(prod, trained.values()))
 
 
 def _num_packed(shapes: Mapping[str, Shape], training: Training) -> int:
@@ -304,29 +251,37 @@ def _start_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
 
 
 def activation_bytes(shape: ModelConfig, training: Training) -> int:
-    """What autograd saves in one forward pass, the head's gradients apart."""
-    tokens, hidden = training.tokens, shape.hidden_size
-    ends = tokens * (_norm(hidden, 1, training) + INT64 + 2 * FP32 * shape.head_size)
-    ends += tokens * INT64 if training.adapter is None else 0  # the embedding's own
+    """What autograd saves in the forward passes at work, the head's gradients apart: one, or of a pipeline several."""
+    tokens, hidden, spread = training.tokens, shape.hidden_size, training.spread
+    ends = tokens * (INT64 + 2 * FP32 * shape.head_size)
+    if is_last(spread):
+        ends += training.own_tokens * _norm(hidden, 1, training)
+    if spread.place == 0 and training.adapter is None:
+        ends += tokens * INT64  # the embedding's own
     # a bias has an element for each pair; chunked and dense add it to what autograd does not keep
-    walls = training.rows * training.row_length**2 * training.item if training.attention == "sdpa" else 0
+    pairs = training.rows * training.queries * training.row_length
+    walls = pairs * training.item if training.attention == "sdpa" else 0
     ends += _mask_bytes(shape, training)
     blocks = _block_bytes(shape, training)
-    if training.activation_checkpointing != "none":
-        kept = hidden if training.activation_checkpointing == "block" else _products(shape, training)
-        return shape.num_hidden_layers * tokens * kept * training.item + max(blocks) + ends + walls
-    return sum(blocks) + ends + walls
+    passes = in_flight(spread, training.num_micro_batches)
+    if training.activation_checkpointing == "none":
+        return int(passes * (sum(blocks) + ends + walls))
+    kept = training.own_tokens * hidden
+    if training.activation_checkpointing == "selective":
+        kept += tokens * _products(local_model(shape, spread), training)
+    return int(passes * (len(blocks) * kept * training.item + ends + walls)) + max(blocks)
 
 
 def _mask_bytes(shape: ModelConfig, training: Training) -> int:
-    return training.tokens * shape.hidden_size * training.item if training.has_dropout else 0
+    return training.own_tokens * shape.hidden_size * training.item if training.has_dropout else 0
 
 
 def _block_bytes(shape: ModelConfig, training: Training) -> list[int]:
-    """What autograd saves in each block where nothing is computed again."""
+    """What autograd saves in each block of a rank where nothing is computed again."""
     blocks, flows = [], training.adapter is None
-    for layer in range(shape.num_hidden_layers):
-        block = Block(shape, training, layer, flows)
+    local = local_model(shape, training.spread)
+    for layer in layers_of(shape, training.spread):
+        block = Block(local, training, layer, flows)
         blocks.append(block.num_bytes() + 2 * _mask_bytes(shape, training))
         flows = flows or bool(block.adapted)
     return blocks
@@ -334,12 +289,12 @@ def _block_bytes(shape: ModelConfig, training: Training) -> list[int]:
 
 def _products(shape: ModelConfig, training: Training) -> int:
     """Numbers a token that a block keeps beside its input where only the rest is computed again."""
-    sizes, hidden = _Sizes(shape), shape.hidden_size
+    sizes, hidden = Sizes(shape), shape.hidden_size
     attention = 0 if training.attention in ("chunked", "dense") else sizes.queries
     inner = shape.intermediate_size
     if shape.num_experts_per_tok is not None:
         inner = shape.expert_size * (shape.num_experts_per_tok + (shape.n_shared_experts or 0))
-    return hidden + sizes.queries + 2 * sizes.keys + attention + hidden + 2 * inner + hidden
+    return sizes.queries + 2 * sizes.keys + attention + hidden + 2 * inner + hidden
 
 
 def _norm(size: int, num_groups: int, training: Training) -> int:
@@ -352,9 +307,9 @@ class Block:
     before is not kept."""
 
     def __init__(self, shape: ModelConfig, training: Training, layer: int, flows: bool) -> None:
-        self.shape, self.training, self.sizes, self.flows = shape, training, _Sizes(shape), flows
+        self.shape, self.training, self.sizes, self.flows = shape, training, Sizes(shape), flows
         self.is_sparse, self.item = shape.is_sparse(layer), training.item
-        shapes = {f"model.layers.{layer}.{name}": size for name, size in _block_shapes(shape, layer).items()}
+        shapes = {f"model.layers.{layer}.{name}": size for name, size in block_shapes(shape, layer).items()}
         chosen = {} if training.adapter is None else adapted(shapes, training.adapter)
         self.adapted = {name.rpartition(".")[2]: size for name, size in chosen.items()}
 
@@ -364,15 +319,16 @@ class Block:
         attends = query or key or value
         second = attends or self._has("o_proj")
         hidden, heads = self.shape.hidden_size, self.shape.num_attention_heads
-        token = self.flows * _norm(hidden, 1, self.training) + second * _norm(hidden, 1, self.training)
-        token += self.item * hidden * self._keeps_input("q_proj", "k_proj", "v_proj")
+        own_token = self.flows * _norm(hidden, 1, self.training) + second * _norm(hidden, 1, self.training)
+        token = self.item * hidden * self._keeps_input("q_proj", "k_proj", "v_proj")
         if self.shape.has_qk_norm:
             token += query * _norm(self.sizes.queries, heads, self.training)
             token += key * _norm(self.sizes.keys, self.shape.num_key_value_heads, self.training)
         token += self._sparse_mlp() if self.is_sparse else self._mlp(self.shape.intermediate_size, second)
         token += self.item * sum(self._low_rank(name, attends, second) for name in self.adapted)
         rows = self._attention(query, key, value) if attends else [self._input_of_o()]
-        return self.training.tokens * token + self.training.rows * sum(rows)
+        tokens = self.training.own_tokens * own_token + self.training.tokens * token
+        return tokens + self.training.rows * sum(rows)
 
     def _has(self, *names: str) -> bool:
         """Whether one of these linear layers is trained, itself or by its adapter."""
@@ -415,47 +371,53 @@ class Block:
     def _attention(self, query: bool, key: bool, value: bool) -> Iterator[int]:
         """Bytes a row that the maker saves, by what of its three inputs is trained."""
         length, item, heads = self.training.row_length, self.item, self.shape.num_attention_heads
-        queries, keys = self.sizes.queries, self.sizes.keys
+        own, queries, keys = self.training.queries, self.sizes.queries, self.sizes.keys
         if self.training.attention not in ("chunked", "dense"):
-            yield length * (item * (2 * queries + 2 * keys) + FP32 * heads)
+            yield own * (item * 2 * queries + FP32 * heads) + length * item * 2 * keys
             return
         is_dense = self.training.attention == "dense"
-        chunk = length if is_dense else QUERIES_IN_A_CHUNK
+        chunk = own if is_dense else QUERIES_IN_A_CHUNK
         repeated = queries if is_dense else keys  # dense repeats keys and values for every query head
-        begins = range(0, length, chunk)
-        ends = [min(begin + chunk, length) for begin in begins]
-        pairs = sum((end - begin) * end for begin, end in zip(begins, ends, strict=True))
+        begins = range(0, own, chunk)
+        sizes = [min(chunk, own - begin) for begin in begins]
+        # of a part of the queries every chunk meets all keys
+        ends = [min(begin + chunk, own) if own == length else length for begin in begins]
+        pairs = sum(size * end for size, end in zip(sizes, ends, strict=True))
         scored = query or key
-        yield item * queries * length * key
+        yield item * queries * own * key
         yield item * repeated * sum(ends) * (query + scored)
         yield heads * pairs * (FP32 * scored + (item * value if item != FP32 else FP32 * (value and not scored)))
         yield self._input_of_o()
 
     def _input_of_o(self) -> int:
-        return self.item * self.sizes.queries * self.training.row_length * self._keeps_input("o_proj")
+        return self.item * self.sizes.queries * self.training.queries * self._keeps_input("o_proj")
 
 
 def logits_bytes(shape: ModelConfig, training: Training) -> int:
     """A chunk of logits with its gradient, and what the one loss keeps: gradients of its input and of the head."""
-    vocab = _Sizes(shape).vocab
+    if not is_last(training.spread):
+        return 0
+    vocab = Sizes(local_model(shape, training.spread)).vocab
     chunk = min(training.tokens, max(1, LOGITS_IN_A_CHUNK // vocab)) * vocab
     kept = training.tokens * shape.hidden_size * training.item
     head = vocab * shape.hidden_size * FP32 if training.adapter is None else 0
-    return kept + head + max(chunk * (2 * FP32 + (training.item if training.item != FP32 else 0)), head)
+    passes = int(in_flight(training.spread, training.num_micro_batches))
+    return passes * (kept + head) + max(chunk * (2 * FP32 + (training.item if training.item != FP32 else 0)), head)
 
 
 def _backward_bytes(shape: ModelConfig, training: Training) -> int:
     """Gradients under way in a backward pass: of the MLP's values or of the scores, three at a time."""
-    inner = shape.intermediate_size
+    local = local_model(shape, training.spread)
+    inner = local.intermediate_size
     if shape.num_experts_per_tok is not None:
         inner = max(inner, shape.expert_size * shape.num_experts_per_tok)
     mlp = training.tokens * training.item * (3 * inner + shape.hidden_size)
-    length = training.row_length
-    queries = {"dense": length, "chunked": min(length, QUERIES_IN_A_CHUNK)}.get(training.attention, 0)
-    scores = 3 * FP32 * training.rows * shape.num_attention_heads * queries * length
+    own = training.queries
+    queries = {"dense": own, "chunked": min(own, QUERIES_IN_A_CHUNK)}.get(training.attention, 0)
+    scores = 3 * FP32 * training.rows * local.num_attention_heads * queries * training.row_length
     unpacked = 0
     if training.adapter is not None and training.adapter.adapter == "qlora":
-        unpacked = UNPACKING_BYTES * shape.hidden_size * max(inner, _Sizes(shape).queries)
+        unpacked = UNPACKING_BYTES * shape.hidden_size * max(inner, Sizes(shape).queries)
     return max(mlp, scores) + unpacked
 
 
@@ -463,8 +425,9 @@ def _heap_bytes(shape: ModelConfig, training: Training, passes: int) -> int:
     """Holes among what a pass over a batch needs; a block that is computed again finds no room in the one before it."""
     if training.device == "cuda":
         return int(CUDA_HEAP_SHARE * passes)
-    values = training.tokens * training.item * max(shape.intermediate_size, _Sizes(shape).queries)
-    scores = FP32 * training.rows * shape.num_attention_heads * training.row_length**2
+    local = local_model(shape, training.spread)
+    values = training.tokens * training.item * max(local.intermediate_size, Sizes(local).queries)
+    scores = FP32 * training.rows * local.num_attention_heads * training.queries * training.row_length
     largest = max(values, scores if training.attention == "dense" else 0)
     if training.activation_checkpointing != "none":
         passes += training.num_lanes * max(_block_bytes(shape, training))
@@ -472,7 +435,7 @@ def _heap_bytes(shape: ModelConfig, training: Training, passes: int) -> int:
         outputs = sum(outputs for outputs, _ in adapted(parameter_shapes(shape), training.adapter).values())
         between = int(HOLES_OF_AN_ADAPTER * training.num_lanes * training.tokens * training.item * outputs)
         return between + int(HEAP_SHARE * passes) if largest < OWN_MAPPING else 0
-    head = FP32 * _Sizes(shape).vocab * shape.hidden_size
+    head = FP32 * Sizes(local).vocab * shape.hidden_size
     holes = int(HEAP_SHARE * passes) if largest < OWN_MAPPING else 0
     return holes + (HOLES_OF_THE_HEAD * head if head < OWN_MAPPING else 0)
 

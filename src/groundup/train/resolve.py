@@ -17,6 +17,7 @@ from groundup.model.makers import AttentionMaker, choose_flash
 from groundup.optim.eight_bit import eight_bit_maker
 from groundup.optim.lr_law import settled
 from groundup.optim.schedules import warmup_steps_of
+from groundup.parallel.cut import Spread
 from groundup.parallel.world import World
 from groundup.train.combinations import combination_of, refuse_clash
 from groundup.train.config import TrainConfig
@@ -178,6 +179,7 @@ def resolve(
             attention=attention,
             num_lanes=lanes,
             device=device,
+            spread=Spread.of(mesh.degrees, world.parallel),
         )
         limit = memory_of_a_rank(device, num_local)
         fitting = fitting_rows(shape, training, limit, is_auto=config.micro_batch_rows == "auto")
