@@ -626,6 +626,9 @@ def launch(
     max_restarts: int | None = None,
     slurm: Annotated[bool, Parameter(negative="")] = False,
     submit: Annotated[bool, Parameter(negative="")] = False,
+    rehearse: Annotated[bool, Parameter(negative="")] = False,
+    world: int | None = None,
+    memory: str | None = None,
     runs_dir: RunsDir = Path("runs"),
     allow_change: AllowChange = (),
     restart: Restart = False,
@@ -654,6 +657,12 @@ def launch(
         Print the job for sbatch instead.
     submit
         Submit the job with sbatch instead.
+    rehearse
+        Start nothing of it: tell what each rank would hold, take and send, and run the mesh's kinds small on this CPU.
+    world
+        With --rehearse: the number of processes, without --nproc and --nnodes.
+    memory
+        With --rehearse: memory of a GPU, such as 80GB; exit 7 where a process needs more.
     """
     from groundup.stages.spread_run import plan_launch
 
@@ -664,7 +673,20 @@ def launch(
         passed_on += ["--allow-change", key]
     for option, is_set in (("--restart", restart), ("--strict", strict), ("--exact", exact)):
         passed_on += [option] * is_set
+    if not rehearse and (world is not None or memory is not None):
+        raise ConfigError(
+            "E-CLI", what="--world and --memory belong to --rehearse", next="add --rehearse, or leave them out"
+        )
+    if world is not None:
+        nproc, nnodes = _of_world(world, nproc, nnodes)
     plan = plan_launch(passed_on, _overrides(settings), nproc, nnodes, max_restarts)
+    if rehearse:
+        from groundup.base.amounts import parse_bytes
+        from groundup.proof.spread.rehearse import rehearse as rehearse_recipe
+
+        memory_bytes = None if memory is None else parse_bytes(memory)
+        rehearse_recipe(plan.recipe, plan.parallel, Log(), num_local=plan.ranks_per_node, memory_bytes=memory_bytes)
+        return
     if slurm or submit:
         from groundup.parallel.slurm import submit as submit_job
 
@@ -672,6 +694,13 @@ def launch(
         print(submit_job(script) if submit else script.rstrip())
         return
     sys.exit(plan.run(Log(), rdzv_endpoint=rdzv_endpoint, node_rank=node_rank))
+
+
+def _of_world(world: int, nproc: int | None, nnodes: int) -> tuple[int, int]:
+    """Processes of each machine, and machines. Raises ConfigError for a number of processes that is said twice."""
+    if nproc is not None or nnodes != 1:
+        raise ConfigError("E-CLI", what="--world is --nproc times --nnodes", next="give one or the other")
+    return world, 1
 
 
 @app.command(name="verify-resume")
@@ -756,6 +785,35 @@ def doctor_parallel(recipe: str = "quickstart", *settings: Overrides, json: Path
     from groundup.proof.spread.table import doctor_parallel as proofs
 
     proofs(loaded, Log(), json_file=json)
+
+
+@doctor_app.command(name="net")
+def doctor_net(nproc: int = 2, patience: float = 20.0) -> None:
+    """Try the network between processes: meeting, latency, bandwidth, interfaces; exit 6 names the one that is wrong.
+
+    Under torchrun, or the job of a scheduler, between the processes that it started; alone, between some of this machine.
+
+    Parameters
+    ----------
+    nproc
+        Alone: how many.
+    patience
+        Seconds after which a process that does not answer is named.
+    """
+    from groundup.parallel.net_check import check_net, refuse_slow, report_lines
+    from groundup.parallel.world import World
+
+    world = World.from_environment()
+    if world.size == 1:
+        from groundup.parallel.config import ParallelConfig
+
+        if nproc < 2:
+            raise ConfigError("E-CLI", what=f"--nproc {nproc}", next="give 2 or more: a network has two ends")
+        raise _NeedsRanks(ParallelConfig(data_replicate=nproc, max_restarts=0))
+    world.report(0)
+    report = check_net(world, patience_seconds=patience)
+    report_lines(report, Log(quiet=not world.is_first).say)
+    refuse_slow(report)
 
 
 @app.command(name="trial-server", show=False)

@@ -13,8 +13,8 @@ from groundup.stages.recipe import load_recipe
 from groundup.stages.starter import MOST_EPOCHS, STEPS, TOKENS_A_PARAMETER, plan_for, shape_of, write_starter
 from groundup.train import pace
 from groundup.train.config import TrainConfig
-from groundup.train.weight_shapes import num_parameters
 from groundup.train.pace import seconds_a_step
+from groundup.train.weight_shapes import num_parameters
 
 MUCH = 10 << 30
 

@@ -15,7 +15,15 @@ from groundup.model.segments import Segments
 from groundup.optim.config import OptimConfig
 from groundup.parallel.cut import Spread
 from groundup.train.engine import TorchEngine
-from groundup.train.footprint import HEAP_SHARE, HOLES_OF_AN_ADAPTER, HOLES_OF_THE_HEAD, OWN_MAPPING, Training, activation_bytes, footprint
+from groundup.train.footprint import (
+    HEAP_SHARE,
+    HOLES_OF_AN_ADAPTER,
+    HOLES_OF_THE_HEAD,
+    OWN_MAPPING,
+    Training,
+    activation_bytes,
+    footprint,
+)
 from groundup.train.weight_shapes import parameter_shapes, trained_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -22,8 +22,8 @@ from groundup.model.config import ModelConfig
 from groundup.stages.config import PretrainConfig
 from groundup.stages.starter import BYTES_A_TOKEN, LADDER, VOCABULARIES, shape_of
 from groundup.train.flops import step_flops
-from groundup.train.weight_shapes import num_parameters
 from groundup.train.pace import seconds_a_step
+from groundup.train.weight_shapes import num_parameters
 
 RUNGS = (*LADDER, (1536, 24), (2048, 28), (2560, 32), (3072, 36), (4096, 40), (5120, 48), (6144, 56), (8192, 80))
 """Width and layers of the shapes to choose from."""

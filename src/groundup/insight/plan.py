@@ -24,9 +24,9 @@ from groundup.train.config import TrainConfig
 from groundup.train.fit import fitting_rows, memory_of_a_rank, smallest, training_of
 from groundup.train.flops import step_flops
 from groundup.train.footprint import FP32, Footprint, Training, footprint
-from groundup.train.weight_shapes import num_parameters, parameter_shapes, trained_shapes
 from groundup.train.resolve import Resolved, resolve
 from groundup.train.saving import most_checkpoints
+from groundup.train.weight_shapes import num_parameters, parameter_shapes, trained_shapes
 
 TrainingStage = Literal["pretrain", "sft", "lora"]
 AnyTraining = TypeVar("AnyTraining", PretrainConfig, FinetuneConfig)

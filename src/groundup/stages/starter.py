@@ -25,9 +25,9 @@ from groundup.optim.lr_law import settled
 from groundup.stages.chat_data import read_rows
 from groundup.stages.config import PretrainConfig
 from groundup.stages.recipe import Recipe
-from groundup.train.weight_shapes import num_parameters
 from groundup.train.pace import seconds_a_step
 from groundup.train.resolve import device_of
+from groundup.train.weight_shapes import num_parameters
 
 LADDER = ((64, 3), (96, 4), (128, 4), (192, 5), (256, 6), (384, 8), (512, 8), (640, 10), (768, 12), (1024, 16))
 """Width and layers of the shapes to choose from."""

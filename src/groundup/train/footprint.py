@@ -170,9 +170,8 @@ def rank_footprint(shape: ModelConfig, training: Training, *, process: int | Non
     """As `footprint`, of the rank at `training.spread.place`."""
     spread = training.spread
     trained = held_shapes(trained_shapes(shape, training.adapter), shape, spread)
-    shards = {name: shard_shape(size, spread) for name, size in trained.items()}
-    num_trained, held = sum(map(prod, trained.values())), sum(map(prod, shards.values()))
-    moments = state_bytes(shards, training.optim)
+    lasting = lasting_bytes(shape, training)
+    num_trained, held, moments = sum(map(prod, trained.values())), lasting["weights"] // FP32, lasting["optimizer"]
     average = 0 if training.optim.ema_decay is None else FP32 * held
     step, beside = _step_bytes(trained, training.optim)
     activations = training.num_lanes * activation_bytes(shape, training)
@@ -197,6 +196,14 @@ def rank_footprint(shape: ModelConfig, training: Training, *, process: int | Non
         step=step,
         beside=beside,
     )
+
+
+def lasting_bytes(shape: ModelConfig, training: Training) -> dict[str, int]:
+    """What a rank has of all that is trained between two steps: masters, sums of gradients, moments."""
+    trained = held_shapes(trained_shapes(shape, training.adapter), shape, training.spread)
+    shards = {name: shard_shape(size, training.spread) for name, size in trained.items()}
+    own = FP32 * sum(map(prod, shards.values()))
+    return {"weights": own, "gradients": own, "optimizer": state_bytes(shards, training.optim)}
 
 
 def _computing_bytes(shape: ModelConfig, training: Training, held: int) -> int:
@@ -244,7 +251,9 @@ def _frozen_bytes(shapes: Mapping[str, Shape], training: Training, item: int) ->
 
 
 def _start_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
-    """Weights in fp32 as they were read; a GPU is given what is packed already."""
+    """Weights in fp32 as they were read; a GPU is given what is packed already, and of a model that ranks share a part."""
+    if training.device == "cuda" and training.spread.is_sharded:
+        return 0
     if training.device == "cuda" and _num_packed(shapes, training):
         return _frozen_bytes(shapes, training, FP32)
     return FP32 * sum(map(prod, shapes.values()))

@@ -18,6 +18,7 @@ from groundup.optim.eight_bit import eight_bit_maker
 from groundup.optim.lr_law import settled
 from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.cut import Spread
+from groundup.parallel.mesh import Mesh
 from groundup.parallel.world import World
 from groundup.train.combinations import combination_of, refuse_clash
 from groundup.train.config import TrainConfig
@@ -152,7 +153,7 @@ def resolve(
             what="the blocks are to be compiled, but there is no C++ compiler",
             next="install g++, or set compile: false",
         )
-    attention = kept.get("attention", _attention(config, device, precision, shape, compiles=compiles))
+    attention = kept.get("attention", _attention(config, device, precision, shape, mesh, compiles=compiles))
     asked = combination_of(config, shape, device=device, mesh=mesh)
     refuse_clash({**asked, "precision": precision, "attention": attention})
     if attention == "varlen":
@@ -239,12 +240,13 @@ def _precision(config: TrainConfig, device: str) -> str:
 
 
 def _attention(
-    config: TrainConfig, device: str, precision: str, shape: ModelConfig | None, *, compiles: bool
+    config: TrainConfig, device: str, precision: str, shape: ModelConfig | None, mesh: Mesh, *, compiles: bool
 ) -> AttentionMaker:
     if config.attention != "auto":
         return config.attention
     if device == "cuda":
-        return "varlen" if precision != "fp32" and _fits_flash(shape) and _is_ampere() else "sdpa"
+        is_whole = not mesh.has("context")  # a part of a row has fewer queries than keys
+        return "varlen" if is_whole and precision != "fp32" and _fits_flash(shape) and _is_ampere() else "sdpa"
     window = config.row_length if shape is None or shape.sliding_window is None else shape.sliding_window
     is_fused = compiles and precision == "bf16"  # compiled, chunks beat SDPA 1.6 to 2.2 times; if not, by turns
     return "chunked" if is_fused or window * WINDOW_PAYS <= config.row_length else "sdpa"

@@ -112,14 +112,14 @@ def documents_of(batch: RowBatch) -> list[tuple[int, slice]]:
 def subject_of(recipe: Recipe) -> tuple[Subject, list[str]]:
     """The recipe's subject, and in words what was made smaller. Raises ConfigError for a recipe without a model."""
     section = recipe.pretrain or recipe.sft or recipe.lora
-    config, said = _small(_model_config(recipe))
+    config, said = _small(model_config(recipe))
     device = section.device if section is not None else "auto"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Subject(config, section or OptimConfig(), device), said
 
 
-def _model_config(recipe: Recipe) -> ModelConfig:
+def model_config(recipe: Recipe) -> ModelConfig:
     if recipe.model is not None:
         if recipe.model.vocab_size != "auto":
             return recipe.model
@@ -157,10 +157,10 @@ def _small(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
         for name in update
         if name != "head_dim" and getattr(config, name) != getattr(small, name)
     ]
-    return _with_windows(small, config), said
+    return with_windows(small, config), said
 
 
-def _with_windows(small: ModelConfig, config: ModelConfig) -> ModelConfig:
+def with_windows(small: ModelConfig, config: ModelConfig) -> ModelConfig:
     """A window that cuts the rows of the proofs, in layers taken evenly from the whole."""
     if config.sliding_window is None:
         return small

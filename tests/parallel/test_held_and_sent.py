@@ -1,0 +1,110 @@
+"""What a rank holds and sends, measured on ranks at work, beside the formulas of memory and of messages."""
+
+import pytest
+
+from groundup.model.config import ModelConfig
+from groundup.parallel.traffic import SHARES, sent_bytes
+from groundup.proof.spread import measure
+
+pytestmark = pytest.mark.costly
+
+DENSE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+EXPERTS = DENSE | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "router_aux_loss_coef": 0.01,
+    "router_aux_loss_scope": "row",
+}
+TWO = [
+    (DENSE, {"data_replicate": 2}, "fp32"),
+    (DENSE, {"data_shard": 2}, "fp32"),
+    (DENSE, {"data_shard": 2}, "bf16"),
+    (DENSE, {"data_shard": 2, "shard": "gradients"}, "bf16"),
+    (DENSE, {"tensor": 2}, "fp32"),
+    (DENSE, {"tensor": 2}, "bf16"),
+    (EXPERTS, {"tensor": 2}, "fp32"),
+    (DENSE, {"context": 2}, "fp32"),
+    (EXPERTS, {"expert": 2}, "fp32"),
+    (DENSE, {"pipeline": 2}, "fp32"),
+    (DENSE, {"pipeline": 2, "pipeline_schedule": "interleaved"}, "fp32"),
+]
+FOUR = [
+    (DENSE, {"data_replicate": 2, "data_shard": 2}, "fp32"),
+    (DENSE, {"data_shard": 2, "tensor": 2}, "fp32"),
+    (DENSE, {"data_shard": 2, "context": 2}, "fp32"),
+    (EXPERTS, {"data_shard": 2, "expert": 2}, "fp32"),
+    (DENSE, {"pipeline": 2, "data_shard": 2}, "fp32"),
+    (DENSE, {"pipeline": 2, "tensor": 2}, "fp32"),
+]
+FEW = 20_000
+"""Bytes of a step's messages that the formula leaves out: losses, norms, counts of gradients and of tokens."""
+
+
+def named(case):
+    return " ".join(map(str, [*case[1].items(), case[2]])) if isinstance(case, tuple) else None
+
+
+def check(run, case):
+    shape, parallel, dtype = case
+    answers = run(measure.__name__, "measure", ModelConfig(**shape).model_dump(mode="json"), parallel, "adamw", dtype)
+    whole = sum(size for size in _alone(shape).values())
+    for answer in answers:
+        found = answer["value"]
+        for part, planned in found["held by formula"].items():
+            assert found["held"][part] == pytest.approx(planned, rel=0.05), part
+        if set(parallel) & {"data_shard", "tensor", "expert", "pipeline"}:
+            assert sum(found["held"].values()) < 0.95 * whole, "nothing was sharded"
+        sent, planned = found["sent"], found["sent by formula"]
+        assert planned, "nothing was counted"
+        for kind in planned.keys() | sent.keys():
+            assert sent.get(kind, 0) == pytest.approx(planned.get(kind, 0), rel=0.05, abs=FEW), kind
+
+
+def _alone(shape):
+    from groundup.optim.config import OptimConfig
+    from groundup.train.footprint import Training, lasting_bytes
+
+    training = Training(rows=2, row_length=64, batch_rows=8, optim=OptimConfig(optimizer="adamw"))
+    return lasting_bytes(ModelConfig(**shape), training)
+
+
+@pytest.mark.parametrize("case", TWO, ids=named)
+def test_two_ranks_hold_and_send_what_the_formula_says(on_two_ranks, case):
+    check(on_two_ranks, case)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("case", FOUR, ids=named)
+def test_four_ranks_hold_and_send_what_the_formula_says(on_four_ranks, case):
+    check(on_four_ranks, case)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parallel", "dtype"),
+    [
+        (DENSE, {"tensor": 2}, "fp32"),
+        (DENSE, {"tensor": 2}, "bf16"),
+        (DENSE, {"context": 2}, "fp32"),
+        (EXPERTS, {"expert": 2}, "fp32"),
+    ],
+)
+def test_activations_of_a_rank_are_what_autograd_saves(on_two_ranks, shape, parallel, dtype):
+    shape = ModelConfig(**shape).model_dump(mode="json")
+    for answer in on_two_ranks(measure.__name__, "saved", shape, parallel, dtype):
+        found, planned = answer["value"]
+        assert found == pytest.approx(planned, rel=0.1)
+
+
+def test_sent_is_a_share_of_what_a_message_has():
+    payload = {("data_shard", "all_gather"): 800, ("data_shard", "all_reduce"): 80, ("all ranks", "broadcast"): 5}
+    assert sent_bytes(payload, {"data_shard": 8}) == {"data_shard": 700 + 140}
+    assert SHARES["all_reduce"](2) == 1.0
