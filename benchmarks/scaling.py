@@ -191,7 +191,9 @@ def measured_rows() -> Iterator[tuple[str, str]]:
         held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
         off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
         parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
-        held_row = f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
+        held_row = (
+            f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
+        )
         yield held_row, "\n".join(_sent_rows(name, values))
 
 
@@ -224,7 +226,10 @@ def main() -> int:
     found = list(measured_rows())
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     where = f"{date}, {this_machine()}, gloo"
-    held = ["| kind | ranks | weights, gradients, optimizer MB | a rank MB | formula MB | off |", "|---|---|---|---|---|---|"]
+    held = [
+        "| kind | ranks | weights, gradients, optimizer MB | a rank MB | formula MB | off |",
+        "|---|---|---|---|---|---|",
+    ]
     put_table(PAGE, "held", [f"{where}:", "", *held, *(row for row, _ in found)])
     sent = ["| kind | dimension, message | counted MB | formula MB | off |", "|---|---|---|---|---|"]
     put_table(PAGE, "sent", [f"{where}:", "", *sent, *(row for _, row in found)])
