@@ -1,12 +1,18 @@
 """What a rank holds and sends, measured on ranks at work, beside the formulas of memory and of messages."""
 
+from pathlib import Path
+
 import pytest
 
 from groundup.model.config import ModelConfig
+from groundup.optim.config import OptimConfig
+from groundup.parallel.cut import Spread
 from groundup.parallel.traffic import SHARES, sent_bytes
 from groundup.proof.spread import measure
+from groundup.train.footprint import Training, footprint, lasting_bytes
 
 pytestmark = pytest.mark.costly
+WORK = Path(__file__).with_name("work_held.py")
 
 DENSE = {
     "hidden_size": 32,
@@ -70,9 +76,6 @@ def check(run, case):
 
 
 def _alone(shape):
-    from groundup.optim.config import OptimConfig
-    from groundup.train.footprint import Training, lasting_bytes
-
     training = Training(rows=2, row_length=64, batch_rows=8, optim=OptimConfig(optimizer="adamw"))
     return lasting_bytes(ModelConfig(**shape), training)
 
@@ -102,6 +105,17 @@ def test_activations_of_a_rank_are_what_autograd_saves(on_two_ranks, shape, para
     for answer in on_two_ranks(measure.__name__, "saved", shape, parallel, dtype):
         found, planned = answer["value"]
         assert found == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shard", ["gradients", "parameters"])
+def test_gradients_wait_whole_in_fp32_for_the_last_micro_batch(on_two_ranks, shard, dtype):
+    shape = ModelConfig(**DENSE)
+    parallel = {"data_shard": 2, "shard": shard}
+    spread = Spread(data_shard=2, shard=shard)
+    training = Training(rows=2, row_length=64, batch_rows=4, optim=OptimConfig(), precision=dtype, spread=spread)
+    for answer in on_two_ranks(WORK, "accumulated", shape.model_dump(mode="json"), parallel, dtype):
+        assert answer["value"] == {"torch.float32": footprint(shape, training).gradients}
 
 
 def test_sent_is_a_share_of_what_a_message_has():

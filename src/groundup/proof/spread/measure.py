@@ -55,7 +55,7 @@ def measure(
         precision=dtype,
         spread=spread,
     )
-    engine = _engine(subject.model(), config, world, dtype, rows)
+    engine = engine_on(subject.model(), config, world, dtype, rows)
     batch = subject.rows(batch_rows)
     engine.forward_backward(batch, lambda row: row)  # groups and buffers are made
     engine.gradient_norm()
@@ -84,7 +84,7 @@ def saved(
     world.spread(ParallelConfig(**parallel))
     spread = Spread.of(world.mesh.degrees, world.parallel)
     training = Training(rows=rows, row_length=ROW_LENGTH, batch_rows=rows, optim=config, precision=dtype, spread=spread)
-    engine = _engine(subject.model(), config, world, dtype, rows)
+    engine = engine_on(subject.model(), config, world, dtype, rows)
     kept: dict[int, Tensor] = {}
     ours = {weight.untyped_storage().data_ptr() for weight in map(local, engine.model.parameters())}
 
@@ -104,7 +104,8 @@ def saved(
     return [found, activation_bytes(subject.config, training) + ends]
 
 
-def _engine(model: CausalLM, config: OptimConfig, world: World, dtype: str, rows: int) -> TorchEngine:
+def engine_on(model: CausalLM, config: OptimConfig, world: World, dtype: str, rows: int) -> TorchEngine:
+    """The engine of a mesh, its model put on."""
     model.train()
     apply(model, recompute="none", compiles=False, world=world, dtype=DTYPES[dtype])
     return engine_of(world)(model, config, dtype=DTYPES[dtype], device="cpu", micro_batch_rows=rows, world=world)
