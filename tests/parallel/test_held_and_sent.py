@@ -1,5 +1,6 @@
 """What a rank holds and sends, measured on ranks at work, beside the formulas of memory and of messages."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,8 @@ FOUR = [
     (DENSE, {"pipeline": 2, "data_shard": 2}, "fp32"),
     (DENSE, {"pipeline": 2, "tensor": 2}, "fp32"),
 ]
-FEW = 20_000
-"""Bytes of a step's messages that the formula leaves out: losses, norms, counts of gradients and of tokens."""
+FEW = 4_000
+"""Bytes of a step's messages that the formula leaves out: losses, norms, loads; and what it counts of tokens without a label."""
 
 
 def named(case):
@@ -69,10 +70,16 @@ def check(run, case):
             assert found["held"][part] == pytest.approx(planned, rel=0.05), part
         if set(parallel) & {"data_shard", "tensor", "expert", "pipeline"}:
             assert sum(found["held"].values()) < 0.95 * whole, "nothing was sharded"
-        sent, planned = found["sent"], found["sent by formula"]
+    for answers in (
+        [[answer] for answer in answers] if "expert" not in parallel else [answers]
+    ):  # one gets more rows than another
+        sent, planned = (Counter(), Counter())
+        for answer in answers:
+            sent.update(answer["value"]["sent"])
+            planned.update(answer["value"]["sent by formula"])
         assert planned, "nothing was counted"
         for kind in planned.keys() | sent.keys():
-            assert sent.get(kind, 0) == pytest.approx(planned.get(kind, 0), rel=0.05, abs=FEW), kind
+            assert sent[kind] == pytest.approx(planned[kind], rel=0.01, abs=FEW), kind
 
 
 def _alone(shape):
