@@ -88,6 +88,18 @@ def test_a_killed_rank_is_named_and_the_end_has_the_bits_of_an_unbroken_run(rank
 
 
 @pytest.mark.slow
+def test_ranks_that_share_the_weights_begin_again_from_their_pieces(ranks):
+    mesh = ["--parallel.data_replicate", "1", "--parallel.data_shard", "2", "--pretrain.precision", "fp32"]
+    assert ranks.run("whole", *mesh, data="").code == 0
+    said = ranks.run("runs", *mesh, data="", failpoint="comm.pre:kill:5:1")
+    assert said.code == 0 and "W-RESTART: E-RANK-LOST: rank 1 (pid " in said.err, said
+    assert "goes on from step 4 of 6" in said.out
+    assert ranks.bits("runs") == ranks.bits("whole")
+    layout = list((ranks.folder / "runs").rglob("layout.json"))
+    assert layout, "the ranks wrote pieces"
+
+
+@pytest.mark.slow
 def test_an_error_of_a_rank_is_the_last_line_and_the_only_one(ranks):
     said = ranks.run("runs", failpoint="comm.pre:raise:2:1")
     assert said.code == 1 and said.err.splitlines()[-1] == "RuntimeError: failpoint comm.pre", said
