@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groundup.parallel.config import DIMS
@@ -50,9 +52,8 @@ class Traffic(TorchDispatchMode):
         self.payload: Counter[tuple[str, str]] = Counter()
         """Bytes by dimension and kind: of a gather what every rank has then, of all else what it had before."""
         self.num_messages: Counter[tuple[str, str]] = Counter()
-        self._dim_of = {mesh.group(dim).group_name: dim for dim in DIMS if mesh.has(dim)} if mesh.size > 1 else {}
-        if not mesh.is_sharded:
-            self._dim_of[torch.distributed.group.WORLD.group_name] = "data_replicate"
+        # by the ranks: torch may send over a group of an earlier mesh that has the same
+        self._dim_of = {_ranks(mesh.group(dim)): dim for dim in DIMS if mesh.has(dim)} if mesh.size > 1 else {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,7 +66,7 @@ class Traffic(TorchDispatchMode):
         return result
 
     def _count(self, kind: str, name: str, args: tuple[Any, ...], result: Any) -> None:
-        group = next(name for name in map(_group_name, args) if name is not None)
+        group = next(ranks for ranks in map(_ranks_of, args) if ranks)
         tensors = _tensors(result if name == "all_gather_into_tensor" else args[0])
         if name in ("_reduce_scatter_base_", "alltoall_base_"):  # the first is where the result goes
             tensors = _tensors(args[1])
@@ -83,13 +84,18 @@ def sent_bytes(payload: Mapping[tuple[str, str], float], degrees: Mapping[str, i
     return sent
 
 
-def _group_name(argument: Any) -> str | None:
-    """The name of a group, as functional messages give it, or of the group that the others are given."""
+def _ranks_of(argument: Any) -> tuple[int, ...]:
+    """The ranks of a group, which functional messages give by its name and the others as an object; none of other arguments."""
     if isinstance(argument, str):
-        return argument if argument.isdigit() or argument.startswith("default") else None
+        is_name = argument.isdigit() or argument.startswith("default")
+        return _ranks(_resolve_process_group(argument)) if is_name else ()
     if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-        return torch.distributed.ProcessGroup.unbox(argument).group_name
-    return None
+        return _ranks(dist.ProcessGroup.unbox(argument))
+    return ()
+
+
+def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
 def _tensors(value: Any) -> list[Tensor]:
