@@ -16,12 +16,12 @@ from groundup.model.config import ModelConfig
 from groundup.optim.config import OptimConfig
 from groundup.parallel.config import DIMS, ParallelConfig
 from groundup.parallel.cut import Spread
-from groundup.parallel.traffic import SHARES
+from groundup.parallel.traffic import sent_bytes
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread import measure
 from groundup.train.flops import step_flops
 from groundup.train.footprint import Training, footprint
-from groundup.train.spread_traffic import Payload, step_payload
+from groundup.train.spread_traffic import step_payload
 
 PAGE = Path("docs/scaling.md")
 MEASURED = {
@@ -133,7 +133,7 @@ def on_paper(name: str, shape: ModelConfig, degrees: Mapping[str, int]) -> Paper
     sent: dict[str, float] = {}
     for place in range(spread.pipeline):
         at_place = replace(training, spread=replace(spread, place=place))
-        for dim, num_bytes in _sent(step_payload(shape, at_place), config).items():
+        for dim, num_bytes in sent_bytes(step_payload(shape, at_place), config.degrees).items():
             sent[dim] = max(sent.get(dim, 0.0), num_bytes)
     pairs = BATCH_TOKENS * (ROW_LENGTH + 1) // 2
     flops = step_flops(shape).of(tokens=BATCH_TOKENS, loss_tokens=BATCH_TOKENS, pairs=pairs)
@@ -149,17 +149,9 @@ def on_paper(name: str, shape: ModelConfig, degrees: Mapping[str, int]) -> Paper
     )
 
 
-def _sent(payload: Payload, config: ParallelConfig) -> dict[str, float]:
-    degrees: dict[str, int] = dict(config.degrees)
-    sent: dict[str, float] = {}
-    for (dim, kind), num_bytes in payload.items():
-        sent[dim] = sent.get(dim, 0.0) + SHARES[kind](degrees[dim]) * num_bytes
-    return sent
-
-
 def _link(dim: str, config: ParallelConfig) -> float:
     """Inside a node where all ranks of the dimension, and of those inside it, have room there."""
-    inner = [config.degrees[other] for other in DIMS[DIMS.index(dim) :]]  # type: ignore[arg-type]
+    inner = [config.degrees[other] for other in DIMS[DIMS.index(dim) :]]
     return INSIDE if prod(inner) <= NODE else BETWEEN
 
 

@@ -235,14 +235,15 @@ def run_small(sections: list[Rehearsal], log: Log) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks, wanted in groups.items():
             with RankGroup(Path(folder) / f"meet-{num_ranks}", num_ranks) as ranks:
-                for number, (section, degrees) in enumerate(wanted):
-                    log.say(_run_one(ranks.run, section, degrees, Path(folder) / f"{num_ranks}-{number}"))
+                for number, (section, mesh) in enumerate(wanted):
+                    log.say(_run_one(ranks.run, section, mesh, Path(folder) / f"{num_ranks}-{number}"))
 
 
 def _run_one(run: Run, section: Rehearsal, degrees: Mapping[Dim, int], folder: Path) -> str:
     began = time.monotonic()
     shape = small_shape(section.shape, degrees, section.parallel)
-    parallel = section.parallel.model_copy(update=dict.fromkeys(section.parallel.degrees, 1) | dict(degrees))
+    update: dict[str, int] = {dim: degrees.get(dim, 1) for dim in section.parallel.degrees}
+    parallel = section.parallel.model_copy(update=update)
     shares = Spread.of(parallel.degrees, parallel).num_row_shares
     answers = run(
         rehearsed.__name__,
