@@ -5,6 +5,7 @@ import argparse
 import datetime
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -173,20 +174,20 @@ def paper_rows() -> Iterator[str]:
 
 
 def measured_rows() -> Iterator[tuple[str, str]]:
-    """Of each case a row of what is held and a row of what is sent."""
-    for name, shape, parallel in CASES:
-        num_ranks = ParallelConfig.model_validate(parallel).num_ranks
-        with tempfile.TemporaryDirectory() as folder, RankGroup(Path(folder) / "meet", num_ranks) as ranks:
+    """Of each case a row of what is held and rows of what is sent."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        numbers = sorted({ParallelConfig.model_validate(parallel).num_ranks for *_, parallel in CASES})
+        groups = {num: stack.enter_context(RankGroup(Path(folder) / f"meet-{num}", num)) for num in numbers}
+        for name, shape, parallel in CASES:
+            num_ranks = ParallelConfig.model_validate(parallel).num_ranks
             plain = ModelConfig.model_validate(shape).model_dump(mode="json")
-            answers = ranks.run(measure.__name__, "measure", plain, parallel, "adamw", "fp32")
-        values = [answer["value"] for answer in answers]
-        held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
-        off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
-        parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
-        held_row = (
-            f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
-        )
-        yield held_row, "\n".join(_sent_rows(name, values))
+            answers = groups[num_ranks].run(measure.__name__, "measure", plain, parallel, "adamw", "fp32")
+            values = [answer["value"] for answer in answers]
+            held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
+            off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
+            parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
+            row = f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
+            yield row, "\n".join(_sent_rows(name, values))
 
 
 def _sent_rows(name: str, values: list[dict[str, Any]]) -> Iterator[str]:
