@@ -183,9 +183,8 @@ def _memory_lines(section: Rehearsal, limit: int | None) -> Iterator[str]:
     ]
     totals = [found.total for found in places]
     worst = max(range(len(places)), key=totals.__getitem__)
-    verdict = (
-        "" if limit is None else f" of {limit / 1e9:.1f} GB: {'fits' if totals[worst] <= limit else 'DOES NOT FIT'}"
-    )
+    fits = limit is None or totals[worst] <= limit
+    verdict = "" if limit is None else f" of {limit / 1e9:.1f} GB: {'fits' if fits else 'DOES NOT FIT'}"
     yield ""
     yield f"  memory of a rank: {totals[worst] / 1e9:,.2f} GB{verdict}"
     if len(places) > 1:
