@@ -88,7 +88,7 @@ def _ranks_of(argument: Any) -> tuple[int, ...]:
     """The ranks of a group, which functional messages give by its name and the others as an object; none of other arguments."""
     if isinstance(argument, str):
         is_name = argument.isdigit() or argument.startswith("default")
-        return _ranks(_resolve_process_group(argument)) if is_name else ()
+        return _ranks(_resolve_process_group(argument)) if is_name else ()  # type: ignore[arg-type]
     if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
         return _ranks(dist.ProcessGroup.unbox(argument))
     return ()
