@@ -144,7 +144,8 @@ def resolve(
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
     flops = 6.0 * matrix_parameters * total_steps * config.batch_size_tokens
-    compiles = kept.get("compile", _compiles(config, device, precision, flops))
+    may_compile = config.compile is True or not mesh.zero_stage
+    compiles = kept.get("compile", may_compile and _compiles(config, device, precision, flops))
     if compiles and device == "cpu" and not machine.has_compiler():
         raise ConfigError(
             "E-CONFIG-COMPILE",

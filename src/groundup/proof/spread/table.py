@@ -64,6 +64,10 @@ CASES = (
     Case({"data_shard": 2}, optimizer="adamw"),
     Case({"data_shard": 2}, optimizer="muon"),
     Case({"data_shard": 2}, dtype="bf16"),
+    *(
+        Case({"engine": "deepspeed", "shard": shard, "data_shard": 2})
+        for shard in ("optimizer", "gradients", "parameters")
+    ),
     Case({"tensor": 2}),
     Case({"tensor": 2}, optimizer="muon"),
     Case({"tensor": 2}, dtype="bf16"),
