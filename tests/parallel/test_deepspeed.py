@@ -1,0 +1,219 @@
+"""DeepSpeed's engine: its faults are seen, a step passed over leaves no trace, a run goes on anywhere."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from parallel import work_reshard, work_zero
+
+from groundup.base.errors import ConfigError
+from groundup.base.piece import Piece
+from groundup.parallel.config import ParallelConfig
+from groundup.parallel.mesh import degrees_of
+from groundup.parallel.world import World
+from groundup.parallel.zero_settings import FREE, ZERO, offloads_optimizer, zero_settings
+from groundup.proof.spread.table import Case, judge
+from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
+
+from .test_spread import DENSE, EXPERTS, shape_of
+
+costly = pytest.mark.costly
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install groundup[deepspeed]"
+)
+WORK, RESHARD = Path(work_zero.__file__), Path(work_reshard.__file__)
+SHARDS = {1: "optimizer", 2: "gradients", 3: "parameters"}
+ONE, FSDP = {}, {"data_shard": 2}
+
+
+def zero(stage, **more):
+    return {"engine": "deepspeed", "shard": SHARDS[stage], "data_shard": 2} | more
+
+
+def settings_of(own, tmp_path, *, max_grad_norm=1.0, **section):
+    world = World()
+    (tmp_path / "zero.json").write_text(json.dumps(own))
+    world.parallel = ParallelConfig(
+        engine="deepspeed", deepspeed_config=str(tmp_path / "zero.json"), **({"shard": "gradients"} | section)
+    )
+    import torch
+
+    return zero_settings(world, dtype=torch.float32, num_elements=1001, hidden_size=8, max_grad_norm=max_grad_norm)
+
+
+def test_a_file_says_the_rest(tmp_path):
+    own = {
+        ZERO: {"overlap_comm": False, "reduce_bucket_size": 5000, "stage": 2},
+        "gradient_clipping": 1.0,
+        "bf16": "auto",
+    }
+    found = settings_of(own, tmp_path)
+    assert found[ZERO] == {
+        "stage": 2,
+        "overlap_comm": False,
+        "reduce_bucket_size": 5000,
+        "allgather_bucket_size": 1002,
+        "stage3_param_persistence_threshold": 80,
+    }
+    assert found["gradient_clipping"] == 0.0, "clipping is ours"
+    assert found["bf16"] == {"enabled": False} and found["communication_data_type"] == "fp32"
+    assert not offloads_optimizer(found)
+    offload = {ZERO: {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+    assert offloads_optimizer(settings_of(offload, tmp_path))
+    assert settings_of({}, tmp_path, shard="parameters", cpu_offload=True)[ZERO]["offload_param"] == {"device": "cpu"}
+    assert "communication_data_type" in FREE
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({ZERO: {"stage": 3}}, "zero_optimization.stage: 3 contradicts the recipe, which makes it 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5 contradicts"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: true contradicts"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is the recipe's to say"),
+        ({"train_batch_size": 8}, "set batch_size_tokens in the recipe"),
+        ({ZERO: {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device does nothing here, or leaves"),
+        ({ZERO: {"reduce_bucket_sizes": 1}}, "the nearest known is zero_optimization.reduce_bucket_size"),
+        ({"tensorboard": {"enabled": True}}, "tensorboard.enabled does nothing here"),
+        ([1], "cannot be read as DeepSpeed's settings (no object)"),
+    ],
+)
+def test_what_contradicts_the_recipe_is_one_line(own, says, tmp_path):
+    with pytest.raises(ConfigError, match="E-CONFIG-DEEPSPEED") as caught:
+        settings_of(own, tmp_path)
+    assert says in caught.value.line() and "zero.json" in caught.value.line() and "\n" not in caught.value.line()
+
+
+def test_a_file_that_is_not_there_is_said():
+    world = World()
+    world.parallel = ParallelConfig(engine="deepspeed", deepspeed_config="/nowhere.json")
+    with pytest.raises(ConfigError, match=r"E-CONFIG-DEEPSPEED: /nowhere\.json cannot be read .*No such file"):
+        zero_settings(world, dtype=None, num_elements=1, hidden_size=8, max_grad_norm=None)
+
+
+def test_ranks_that_do_not_shard_are_refused():
+    assert degrees_of(ParallelConfig(**zero(2)), 2)["data_shard"] == 2
+    for section in ({"engine": "deepspeed"}, zero(2, data_replicate=2)):
+        num_ranks = 2 * section.get("data_shard", 1)
+        with pytest.raises(ConfigError, match=rf"E-CONFIG-MESH.*shards over all.*parallel\.data_shard: {num_ranks}"):
+            degrees_of(ParallelConfig(**section), num_ranks)
+    with pytest.raises(ValueError, match="needs engine: deepspeed"):
+        ParallelConfig(shard="optimizer", data_shard=2)
+    with pytest.raises(ValueError, match="engine: deepspeed alone"):
+        ParallelConfig(deepspeed_config="x.json")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+@costly
+def test_without_the_library_a_proof_is_passed_over(on_two_ranks):
+    result = judge(Case(zero(2)), on_two_ranks, shape_of(DENSE))
+    assert result.verdict == "SKIP" and "DeepSpeed cannot be loaded" in result.reason, result.line()
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize("stage", SHARDS)
+def test_experts_are_sharded_too(on_two_ranks, stage):
+    result = judge(Case(zero(stage)), on_two_ranks, shape_of(EXPERTS))
+    assert result.verdict == "PASS", result.line()
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize("stage", SHARDS)
+def test_the_host_holds_the_optimizer(on_two_ranks, stage):
+    result = judge(Case(zero(stage, cpu_offload=True)), on_two_ranks, shape_of(DENSE))
+    assert result.verdict == "PASS", result.line()
+
+
+@needs_deepspeed
+@pytest.mark.slow  # DeepSpeed's AdamW is compiled at its first use
+@pytest.mark.parametrize("stage", SHARDS)
+def test_its_own_adam_is_adam(on_two_ranks, stage):
+    result = judge(Case(zero(stage, cpu_offload=True), optimizer="adamw"), on_two_ranks, shape_of(DENSE))
+    assert result.verdict == "PASS", result.line()
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize(
+    ("stage", "fault", "says"),
+    [
+        (1, "averages", '"norm": 0.5'),
+        (3, "averages", '"norm": 0.5'),
+        (3, "keeps_all_whole", "nothing was sharded"),
+        (2, "clips_a_copy", '"weights"'),
+    ],
+)
+def test_a_fault_is_seen(on_two_ranks, stage, fault, says):
+    result = judge(
+        Case(zero(stage)), lambda _, name, *arguments: on_two_ranks(WORK, fault, *arguments), shape_of(DENSE)
+    )
+    assert result.verdict == "FAIL" and says in result.reason, result.line()
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize("more", [{}, {"cpu_offload": True}], ids=["device", "host"])
+@pytest.mark.parametrize("stage", SHARDS)
+def test_a_step_passed_over_leaves_no_trace(on_two_ranks, stage, more):
+    for answer in on_two_ranks(WORK, "pass_over", shape_of(DENSE), zero(stage, **more)):
+        found = answer["value"]
+        assert found["norm"] == "nan" and found["kept"] and found["same"]
+        assert found["losses"] == found["expected"]
+
+
+@pytest.fixture
+def train(on_two_ranks, tmp_path):
+    """Steps up to a number, in one folder, on one rank or on two."""
+    for split in SPLITS:
+        write_tiny_tokens(tmp_path, split)
+
+    def run(steps, parallel, *, folder="run", **changes):
+        arguments = [str(tmp_path), str(tmp_path / folder), steps, parallel, {"optimizer": "adamw"} | changes]
+        if parallel == ONE:
+            return work_reshard.train(World(), *arguments)
+        answers = on_two_ranks(RESHARD, "train", *arguments)
+        assert [answer.get("error") for answer in answers] == [None, None], answers
+        return answers[0]["value"]
+
+    run.folder = tmp_path / "run"
+    return run
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", SHARDS)
+def test_the_same_ranks_end_in_the_same_bits(train, stage, precision):
+    options = {"ema_decay": 0.5, "precision": precision}
+    whole = train(6, zero(stage), folder="alone", **options)
+    train(4, zero(stage), **options)
+    assert train(6, zero(stage), **options) == whole and whole["is_exact"]
+    names = {path.name for path in train.folder.rglob("*") if path.is_file()}
+    assert {"model-00000.safetensors", "optimizer-00001.safetensors", "layout.json"} <= names
+    assert not [name for name in names if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_from_deepspeed_to_one_to_torchs_shards_and_back(train, optimizer):
+    options = {"optimizer": optimizer, "ema_decay": 0.5}
+    whole = train(7, ONE, folder="alone", **options)
+    for steps, parallel in enumerate([zero(2), ONE, zero(3), FSDP, zero(1), FSDP, zero(3)], start=1):
+        found = train(steps, parallel, **options)
+    rel = 1e-5
+    assert found["losses"] == pytest.approx(whole["losses"], rel=rel)
+    assert found["val"] == pytest.approx(whole["val"], rel=rel)
+    assert found["weights"] == pytest.approx(whole["weights"], rel=10 * rel)
+    assert found["step"] == 7 and not found["is_exact"]
+    events = [json.loads(line) for line in (train.folder / "events.jsonl").read_text().splitlines()]
+    told = [event["detail"] for event in events if event["kind"] == "world"]
+    assert len(told) == 6 and "deepspeed zero3 × data_shard 2" in told[2], told
+
+
+def test_a_run_of_elements_is_a_piece_of_one_dimension():
+    whole, run = Piece((24,), (0,), (24,)), Piece((24,), (5,), (9,))
+    assert run.overlap(whole) == ((slice(0, 9),), (slice(5, 14),))
