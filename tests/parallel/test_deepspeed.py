@@ -1,19 +1,25 @@
 """DeepSpeed's engine: its faults are seen, a step passed over leaves no trace, a run goes on anywhere."""
 
 import importlib.util
+import itertools
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
+import torch
 from parallel import work_reshard, work_zero
 
-from groundup.base.errors import ConfigError
+from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.piece import Piece
+from groundup.checkpoint.pieces import SavedGroup
 from groundup.parallel.config import ParallelConfig
 from groundup.parallel.mesh import degrees_of
 from groundup.parallel.world import World
 from groundup.parallel.zero_settings import FREE, ZERO, offloads_optimizer, zero_settings
-from groundup.proof.spread.table import Case, judge
+from groundup.proof.rank_server import RankGroup
+from groundup.proof.spread.table import CASES, Case, judge
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
 
 from .test_spread import DENSE, EXPERTS, shape_of
@@ -27,6 +33,13 @@ SHARDS = {1: "optimizer", 2: "gradients", 3: "parameters"}
 ONE, FSDP = {}, {"data_shard": 2}
 
 
+@pytest.fixture(scope="module")
+def on_zero_ranks(tmp_path_factory):
+    """As `on_two_ranks`; ZeRO-3 leaves another product in the place of torch's, so these ranks do nothing else."""
+    with RankGroup(tmp_path_factory.mktemp("ranks") / "meet") as ranks:
+        yield ranks.run
+
+
 def zero(stage, **more):
     return {"engine": "deepspeed", "shard": SHARDS[stage], "data_shard": 2} | more
 
@@ -37,8 +50,6 @@ def settings_of(own, tmp_path, *, max_grad_norm=1.0, **section):
     world.parallel = ParallelConfig(
         engine="deepspeed", deepspeed_config=str(tmp_path / "zero.json"), **({"shard": "gradients"} | section)
     )
-    import torch
-
     return zero_settings(world, dtype=torch.float32, num_elements=1001, hidden_size=8, max_grad_norm=max_grad_norm)
 
 
@@ -71,11 +82,14 @@ def test_a_file_says_the_rest(tmp_path):
         ({ZERO: {"stage": 3}}, "zero_optimization.stage: 3 contradicts the recipe, which makes it 2"),
         ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5 contradicts"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: true contradicts"),
-        ({"optimizer": {"type": "Adam"}}, "optimizer is the recipe's to say"),
+        ({"optimizer": {"type": "Adam"}}, "have optimizer, which the recipe says in other words"),
         ({"train_batch_size": 8}, "set batch_size_tokens in the recipe"),
-        ({ZERO: {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device does nothing here, or leaves"),
+        (
+            {ZERO: {"offload_optimizer": {"device": "nvme"}}},
+            'offload_optimizer.device: "nvme", which does nothing here, or leaves',
+        ),
         ({ZERO: {"reduce_bucket_sizes": 1}}, "the nearest known is zero_optimization.reduce_bucket_size"),
-        ({"tensorboard": {"enabled": True}}, "tensorboard.enabled does nothing here"),
+        ({"tensorboard": {"enabled": True}}, "tensorboard.enabled: true, which does nothing here"),
         ([1], "cannot be read as DeepSpeed's settings (no object)"),
     ],
 )
@@ -106,32 +120,40 @@ def test_ranks_that_do_not_shard_are_refused():
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 @costly
-def test_without_the_library_a_proof_is_passed_over(on_two_ranks):
-    result = judge(Case(zero(2)), on_two_ranks, shape_of(DENSE))
+def test_without_the_library_a_proof_is_passed_over(on_zero_ranks):
+    result = judge(Case(zero(2)), on_zero_ranks, shape_of(DENSE))
     assert result.verdict == "SKIP" and "DeepSpeed cannot be loaded" in result.reason, result.line()
 
 
 @needs_deepspeed
 @costly
+@pytest.mark.parametrize("case", [case for case in CASES if "engine" in case.parallel], ids=lambda case: case.name)
+def test_two_ranks_are_one_process(on_zero_ranks, case):
+    result = judge(case, on_zero_ranks, shape_of(DENSE))
+    assert result.verdict == "PASS" and case.name.startswith("deepspeed zero"), result.line()
+
+
+@needs_deepspeed
+@costly
 @pytest.mark.parametrize("stage", SHARDS)
-def test_experts_are_sharded_too(on_two_ranks, stage):
-    result = judge(Case(zero(stage)), on_two_ranks, shape_of(EXPERTS))
+def test_experts_are_sharded_too(on_zero_ranks, stage):
+    result = judge(Case(zero(stage)), on_zero_ranks, shape_of(EXPERTS))
     assert result.verdict == "PASS", result.line()
 
 
 @needs_deepspeed
 @costly
 @pytest.mark.parametrize("stage", SHARDS)
-def test_the_host_holds_the_optimizer(on_two_ranks, stage):
-    result = judge(Case(zero(stage, cpu_offload=True)), on_two_ranks, shape_of(DENSE))
+def test_the_host_holds_the_optimizer(on_zero_ranks, stage):
+    result = judge(Case(zero(stage, cpu_offload=True)), on_zero_ranks, shape_of(DENSE))
     assert result.verdict == "PASS", result.line()
 
 
 @needs_deepspeed
 @pytest.mark.slow  # DeepSpeed's AdamW is compiled at its first use
 @pytest.mark.parametrize("stage", SHARDS)
-def test_its_own_adam_is_adam(on_two_ranks, stage):
-    result = judge(Case(zero(stage, cpu_offload=True), optimizer="adamw"), on_two_ranks, shape_of(DENSE))
+def test_its_own_adam_is_adam(on_zero_ranks, stage):
+    result = judge(Case(zero(stage, cpu_offload=True), optimizer="adamw"), on_zero_ranks, shape_of(DENSE))
     assert result.verdict == "PASS", result.line()
 
 
@@ -146,9 +168,9 @@ def test_its_own_adam_is_adam(on_two_ranks, stage):
         (2, "clips_a_copy", '"weights"'),
     ],
 )
-def test_a_fault_is_seen(on_two_ranks, stage, fault, says):
+def test_a_fault_is_seen(on_zero_ranks, stage, fault, says):
     result = judge(
-        Case(zero(stage)), lambda _, name, *arguments: on_two_ranks(WORK, fault, *arguments), shape_of(DENSE)
+        Case(zero(stage)), lambda _, name, *arguments: on_zero_ranks(WORK, fault, *arguments), shape_of(DENSE)
     )
     assert result.verdict == "FAIL" and says in result.reason, result.line()
 
@@ -157,15 +179,15 @@ def test_a_fault_is_seen(on_two_ranks, stage, fault, says):
 @costly
 @pytest.mark.parametrize("more", [{}, {"cpu_offload": True}], ids=["device", "host"])
 @pytest.mark.parametrize("stage", SHARDS)
-def test_a_step_passed_over_leaves_no_trace(on_two_ranks, stage, more):
-    for answer in on_two_ranks(WORK, "pass_over", shape_of(DENSE), zero(stage, **more)):
+def test_a_step_passed_over_leaves_no_trace(on_zero_ranks, stage, more):
+    for answer in on_zero_ranks(WORK, "pass_over", shape_of(DENSE), zero(stage, **more)):
         found = answer["value"]
         assert found["norm"] == "nan" and found["kept"] and found["same"]
         assert found["losses"] == found["expected"]
 
 
 @pytest.fixture
-def train(on_two_ranks, tmp_path):
+def train(on_zero_ranks, tmp_path):
     """Steps up to a number, in one folder, on one rank or on two."""
     for split in SPLITS:
         write_tiny_tokens(tmp_path, split)
@@ -174,7 +196,7 @@ def train(on_two_ranks, tmp_path):
         arguments = [str(tmp_path), str(tmp_path / folder), steps, parallel, {"optimizer": "adamw"} | changes]
         if parallel == ONE:
             return work_reshard.train(World(), *arguments)
-        answers = on_two_ranks(RESHARD, "train", *arguments)
+        answers = on_zero_ranks(RESHARD, "train", *arguments)
         assert [answer.get("error") for answer in answers] == [None, None], answers
         return answers[0]["value"]
 
@@ -214,6 +236,56 @@ def test_from_deepspeed_to_one_to_torchs_shards_and_back(train, optimizer):
     assert len(told) == 6 and "deepspeed zero3 × data_shard 2" in told[2], told
 
 
-def test_a_run_of_elements_is_a_piece_of_one_dimension():
-    whole, run = Piece((24,), (0,), (24,)), Piece((24,), (5,), (9,))
-    assert run.overlap(whole) == ((slice(0, 9),), (slice(5, 14),))
+class Saved:
+    """A checkpoint of one tensor in pieces, each in a file of its own."""
+
+    folder = Path("step-000001")
+
+    def __init__(self, whole, pieces):
+        self.pieces = pieces
+        self.tensors_of = {
+            f"model-{n}": {"w": cut(whole.reshape(piece.whole), piece)} for n, piece in enumerate(pieces)
+        }
+
+    def layout(self):
+        written = [[f"model-{n}", list(piece.begin), list(piece.shape)] for n, piece in enumerate(self.pieces)]
+        return {"model": {"w": {"whole": list(self.pieces[0].whole), "can_be_cut": True, "pieces": written}}}
+
+    def tensors(self, name):
+        return self.tensors_of[name]
+
+
+def cut(whole, piece):
+    return whole[tuple(slice(at, at + size) for at, size in zip(piece.begin, piece.shape, strict=True))].clone()
+
+
+def random_pieces(draw, shape):
+    """Runs of elements of any lengths, 0 among them, or boxes along one dimension."""
+    size = math.prod(shape)
+    if draw.random() < 0.5:
+        ends = [0, *sorted(draw.randrange(size + 1) for _ in range(3)), size]
+        return [Piece((size,), (begin,), (end - begin,)) for begin, end in itertools.pairwise(ends)]
+    dim = draw.randrange(len(shape))
+    at = draw.randrange(shape[dim] + 1)
+    zeros = (0,) * len(shape)
+    return [
+        Piece(shape, (*zeros[:dim], begin, *zeros[dim + 1 :]), (*shape[:dim], end - begin, *shape[dim + 1 :]))
+        for begin, end in ((0, at), (at, shape[dim]))
+    ]
+
+
+def test_runs_of_elements_and_boxes_are_read_as_either():
+    for seed in range(300):
+        draw = random.Random(seed)
+        shape = tuple(draw.randint(1, 5) for _ in range(draw.randint(1, 3)))
+        whole = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+        saved = Saved(whole, random_pieces(draw, shape))
+        for piece in [*random_pieces(draw, shape), Piece.of_whole(shape)]:
+            found = SavedGroup(saved, "model").read({"w": piece})["w"]
+            assert torch.equal(found, cut(whole.reshape(piece.whole), piece)), f"{seed=} {piece=} {saved.pieces=}"
+
+
+def test_a_run_that_nobody_wrote_is_missed():
+    saved = Saved(torch.ones(4, 3), [Piece((12,), (0,), (7,))])
+    with pytest.raises(CheckpointError, match=r"E-CKPT-PIECES: 7 of 12 elements of w"):
+        SavedGroup(saved, "model").read({"w": Piece.of_whole((4, 3))})

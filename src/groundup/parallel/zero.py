@@ -74,8 +74,8 @@ class Fragment:
 class ZeroParts:
     """The fragments of an optimizer of DeepSpeed's, whatever its stage: weights, gradients, and how both are handed over."""
 
-    def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int) -> None:
-        self._zero, self._parameters, self._stage = zero, parameters, stage
+    def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int, rank: int) -> None:
+        self._zero, self._parameters, self._stage, self._rank = zero, parameters, stage, rank
         self.fragments = {name: self._fragment(parameter) for name, parameter in parameters.items()}
 
     def _fragment(self, parameter: Any) -> Fragment:
@@ -88,7 +88,7 @@ class ZeroParts:
             own, address = mapping.lp_fragment_address, mapping.hp_fragment_address
             return Fragment(tuple(parameter.shape), own.start, own.numel, buffer, address.start)
         group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        begin = min(size * zero._get_param_partition_rank(parameter), parameter.ds_numel)
+        begin = min(size * self._rank, parameter.ds_numel)
         size = min(size, parameter.ds_numel - begin)  # the last ranks' parts are filled up
         buffer = zero.fp32_partitioned_groups_flat[group] if size else None
         return Fragment(tuple(parameter.ds_shape), begin, size, buffer, offset)

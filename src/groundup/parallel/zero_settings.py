@@ -43,6 +43,8 @@ ELSEWHERE = {
 """What the recipe says in other words, by DeepSpeed's key."""
 MOST_BUCKET_ELEMENTS = 200_000_000
 """Elements that travel together; a smaller model's buffers are its own size, not DeepSpeed's two gigabytes."""
+OFFLOADS = {f"{ZERO}.offload_optimizer.device": ("cpu", "none"), f"{ZERO}.offload_param.device": ("none",)}
+"""Where the recipe does not offload, a file may offload the optimizer alone; disks belong to nobody who clears them up."""
 PERSISTENT_PER_HIDDEN = 10
 """Parameters of fewer elements than so many times the hidden size (norms, biases) stay whole on every rank."""
 
@@ -118,24 +120,32 @@ def _read(path: str | None, world: World) -> Settings:
 def _refuse(own: Mapping[str, Any], said: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for the first key of a file that contradicts the recipe, or does nothing here."""
     recipe = dict(_leaves(said))
-    known = sorted(FREE | recipe.keys() | ELSEWHERE.keys() | {f"{ZERO}.offload_optimizer.device"})
+    known = sorted(FREE | recipe.keys() | ELSEWHERE.keys() | OFFLOADS.keys())
     for name, value in _leaves(own):
-        if value == AUTO or name in FREE or name == "steps_per_print" or (name in recipe and recipe[name] == value):
+        if value == AUTO or name in FREE or (name in recipe and recipe[name] == value):
             continue
         top = name.split(".")[0]
         if top in ELSEWHERE:
-            what, then = f"{top} is the recipe's to say", f"leave it out and set {ELSEWHERE[top]} in the recipe"
-        elif name in recipe:
-            what = f"{name}: {json.dumps(value)} contradicts the recipe, which makes it {json.dumps(recipe[name])}"
-            then = "leave it out, or change the recipe"
-        elif name == f"{ZERO}.offload_optimizer.device" and value in ("cpu", "none"):
-            continue  # the optimizer alone, where cpu_offload is off
-        elif name.endswith(".device") and value == "none":
-            continue
-        else:
-            near = get_close_matches(name, known, 1, 0.0)[0]
-            what, then = f"{name} does nothing here, or leaves files", f"leave it out; the nearest known is {near}"
-        raise ConfigError("E-CONFIG-DEEPSPEED", what=what, where=where, next=then)
+            raise ConfigError(
+                "E-CONFIG-DEEPSPEED",
+                what=f"DeepSpeed's settings have {top}, which the recipe says in other words",
+                where=where,
+                next=f"leave it out and set {ELSEWHERE[top]} in the recipe",
+            )
+        if name in recipe:
+            raise ConfigError(
+                "E-CONFIG-DEEPSPEED",
+                what=f"{name}: {json.dumps(value)} contradicts the recipe, which makes it {json.dumps(recipe[name])}",
+                where=where,
+                next="leave it out, or change the recipe",
+            )
+        if value not in OFFLOADS.get(name, ()):
+            raise ConfigError(
+                "E-CONFIG-DEEPSPEED",
+                what=f"DeepSpeed's settings have {name}: {json.dumps(value)}, which does nothing here, or leaves files",
+                where=where,
+                next=f"leave it out; the nearest known is {get_close_matches(name, known, 1, 0.0)[0]}",
+            )
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

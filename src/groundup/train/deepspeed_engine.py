@@ -67,7 +67,7 @@ class DeepSpeedEngine(SpreadEngine):
             )
             if self._stage == 3:
                 deepspeed.zero.register_external_parameter(self._losses_of, self.model.lm_head.weight)
-        self._held = ZeroParts(self._deepspeed.optimizer, trained, self._stage)
+        self._held = ZeroParts(self._deepspeed.optimizer, trained, self._stage, self.world.rank)
         self.fragments: dict[str, Fragment] = self._held.fragments
         self.holdings = {name: Holding(part.piece, self.world.rank, ()) for name, part in self.fragments.items()}
         masters = {name: nn.Parameter(self._own(part)) for name, part in self.fragments.items()}

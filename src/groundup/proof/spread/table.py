@@ -12,7 +12,7 @@ from typing import Any, Literal
 from groundup.base.errors import DistributedError
 from groundup.base.files import write_json
 from groundup.base.log import Log
-from groundup.parallel.config import ParallelConfig
+from groundup.parallel.config import ZERO_STAGES, ParallelConfig
 from groundup.proof.numerics.subject import subject_of
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread import compare
@@ -69,10 +69,6 @@ CASES = (
     Case({"data_shard": 2}, optimizer="adamw"),
     Case({"data_shard": 2}, optimizer="muon"),
     Case({"data_shard": 2}, dtype="bf16"),
-    *(
-        Case({"engine": "deepspeed", "shard": shard, "data_shard": 2})
-        for shard in ("optimizer", "gradients", "parameters")
-    ),
     Case({"tensor": 2}),
     Case({"tensor": 2}, optimizer="muon"),
     Case({"tensor": 2}, dtype="bf16"),
@@ -96,6 +92,10 @@ CASES = (
     Case({"pipeline": 2, "data_shard": 2}),
     Case({"pipeline": 2, "pipeline_schedule": "gpipe", "data_shard": 2}),
     Case({"pipeline": 2, "pipeline_schedule": "interleaved", "data_shard": 2}),
+    # the last of two ranks: ZeRO-3 puts another product in the place of torch's, for as long as the process lives
+    *(Case({"engine": "deepspeed", "shard": shard, "data_shard": 2}) for shard in ZERO_STAGES),
+    Case({"engine": "deepspeed", "shard": "parameters", "data_shard": 2}, optimizer="adamw"),
+    Case({"engine": "deepspeed", "shard": "gradients", "data_shard": 2}, dtype="bf16"),
 )
 
 
