@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel import work_reshard, work_zero
+from train import combined_runs
 
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.piece import Piece
@@ -21,6 +22,7 @@ from groundup.parallel.zero_settings import FREE, ZERO, offloads_optimizer, zero
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread.table import CASES, Case, judge
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
+from groundup.train.combinations import AXES, refuse_clash
 
 from .test_spread import DENSE, EXPERTS, shape_of
 
@@ -216,6 +218,42 @@ def test_the_same_ranks_end_in_the_same_bits(train, stage, precision):
     names = {path.name for path in train.folder.rglob("*") if path.is_file()}
     assert {"model-00000.safetensors", "optimizer-00001.safetensors", "layout.json"} <= names
     assert not [name for name in names if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+
+
+@needs_deepspeed
+@costly
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"adapter": "lora", "shard": "optimizer"},
+        {"adapter": "lora", "shard": "gradients", "use_dora": "on", "precision": "bf16"},
+        {"shard": "parameters", "dropout": "off", "activation_checkpointing": "block"},
+        {"shard": "gradients", "activation_checkpointing": "selective", "z_loss": "on"},
+        {
+            "shard": "parameters",
+            "activation_checkpointing": "selective",
+            "label_smoothing": "on",
+            "sliding_window": "on",
+        },
+    ],
+    ids=lambda choices: " ".join(choices.values()),
+)
+def test_what_else_a_recipe_asks_for(on_zero_ranks, tmp_path, choices):
+    usual = {axis: values[0] for axis, values in AXES.items()} | {"optimizer": "adamw", "precision": "fp32"}
+    combination = usual | {"attention": "sdpa", "adapter": "none", "init_lora_weights": "default"}
+    combination |= {axis: value for axis, value in choices.items() if axis != "shard"}
+    for name in ("alone", "together"):
+        (tmp_path / name).mkdir()
+        write_tiny_tokens(tmp_path / name, "train")
+    refuse_clash(combination | {"engine": "deepspeed", "data_shard": "on"})
+    combination |= {"data_shard": "off"}
+    alone = combined_runs.train(World(), tmp_path / "alone", combination)["losses"]
+    parallel = {"engine": "deepspeed", "shard": choices["shard"], "data_shard": 2}
+    answers = on_zero_ranks(combined_runs.__file__, "train", str(tmp_path / "together"), combination, parallel)
+    assert [answer.get("error") for answer in answers] == [None, None]
+    losses = [alone, answers[0]["value"]["losses"]]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3 if "bf16" in choices.values() else 1e-4)
+    assert losses[1][-1] < losses[1][0]
 
 
 @needs_deepspeed

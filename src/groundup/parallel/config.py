@@ -73,6 +73,11 @@ class ParallelConfig(Config):
             raise ValueError("shard: optimizer (ZeRO-1) needs engine: deepspeed; torch's engine has gradients (ZeRO-2)")
         if self.engine == "torch" and self.deepspeed_config is not None:
             raise ValueError("deepspeed_config is read with engine: deepspeed alone")
+        for dim in ("tensor", "pipeline", "expert", "context"):
+            if self.engine == "deepspeed" and self.degrees[dim] != 1:
+                raise ValueError(
+                    f"engine: deepspeed shards over data_shard alone; leave {dim} out, or take engine: torch"
+                )
         return self
 
     @property
