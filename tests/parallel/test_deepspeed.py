@@ -18,7 +18,7 @@ from groundup.checkpoint.pieces import SavedGroup
 from groundup.parallel.config import ParallelConfig
 from groundup.parallel.mesh import degrees_of
 from groundup.parallel.world import World
-from groundup.parallel.zero_settings import FREE, ZERO, offloads_optimizer, zero_settings
+from groundup.parallel.zero_settings import ZERO, offloads_optimizer, zero_settings
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread.table import CASES, Case, judge
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
@@ -75,7 +75,24 @@ def test_a_file_says_the_rest(tmp_path):
     offload = {ZERO: {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
     assert offloads_optimizer(settings_of(offload, tmp_path))
     assert settings_of({}, tmp_path, shard="parameters", cpu_offload=True)[ZERO]["offload_param"] == {"device": "cpu"}
-    assert "communication_data_type" in FREE
+
+
+def test_a_file_as_many_have_it_is_taken(tmp_path):
+    own = {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000},
+        "optimizer": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "steps_per_print": 2000,
+        "wall_clock_breakdown": False,
+        ZERO: {"stage": 3, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    found = settings_of(own, tmp_path, shard="parameters")
+    assert found["steps_per_print"] is None and found["train_micro_batch_size_per_gpu"] == 1
+    assert "optimizer" not in found and found[ZERO]["overlap_comm"] is True
 
 
 @pytest.mark.parametrize(
@@ -124,7 +141,7 @@ def test_ranks_that_do_not_shard_are_refused():
 @costly
 def test_without_the_library_a_proof_is_passed_over(on_zero_ranks):
     result = judge(Case(zero(2)), on_zero_ranks, shape_of(DENSE))
-    assert result.verdict == "SKIP" and "DeepSpeed cannot be loaded" in result.reason, result.line()
+    assert result.verdict == "SKIP" and "DeepSpeed is not installed" in result.reason, result.line()
 
 
 @needs_deepspeed

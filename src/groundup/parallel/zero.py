@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO (Rajbhandari et al., arXiv:1910.02054): where this rank's parts of the parameters lie in its buffers."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -27,8 +28,19 @@ def quiet_deepspeed() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
 
 
+def refuse_missing() -> None:
+    """Raise ConfigError where DeepSpeed is not installed; it is not loaded yet."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "E-CONFIG-DEEPSPEED",
+            what="parallel.engine: deepspeed, but DeepSpeed is not installed",
+            next='run `pip install "groundup[deepspeed]"`, or leave engine out: torch shards as well',
+        )
+
+
 def load_deepspeed(device: str, local_rank: int) -> Any:
-    """The library, for this rank's device. Raises ConfigError where it is not installed."""
+    """The library, for this rank's device. Raises ConfigError where it is not installed, or does not load."""
+    refuse_missing()
     # how it is told, before it looks by itself
     os.environ["DS_ACCELERATOR"] = torch.device(device).type
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -42,7 +54,7 @@ def load_deepspeed(device: str, local_rank: int) -> Any:
             "E-CONFIG-DEEPSPEED",
             what=f"DeepSpeed cannot be loaded ({str(error)[:160]})",
             where="parallel.engine: deepspeed",
-            next='install it by `pip install "groundup[deepspeed]"`, or leave engine out: torch shards as well',
+            next='run `pip install --upgrade "groundup[deepspeed]"`, or leave engine out: torch shards as well',
         ) from error
     return deepspeed
 

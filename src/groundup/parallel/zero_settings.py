@@ -18,6 +18,7 @@ ZERO = "zero_optimization"
 FREE = {
     "communication_data_type",
     f"{ZERO}.overlap_comm",
+    f"{ZERO}.contiguous_gradients",
     f"{ZERO}.reduce_scatter",
     f"{ZERO}.reduce_bucket_size",
     f"{ZERO}.allgather_partitions",
@@ -33,6 +34,8 @@ FREE = {
     f"{ZERO}.offload_param.pin_memory",
 }
 """What a file may set as it likes; its other keys must say what the recipe says."""
+MOOT = ("steps_per_print", "wall_clock_breakdown", f"{ZERO}.stage3_gather_16bit_weights_on_model_save", "fp16.")
+"""What many files have and nothing comes of here: its own log and saves, the scale of a dtype that is off."""
 ELSEWHERE = {
     "train_batch_size": "batch_size_tokens",
     "train_micro_batch_size_per_gpu": "micro_batch_rows",
@@ -88,6 +91,7 @@ def zero_settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "wall_clock_breakdown": False,
     }
     return _merged(_merged(usual, _without_auto(own)), _merged(said, ours))
 
@@ -123,6 +127,8 @@ def _refuse(own: Mapping[str, Any], said: Mapping[str, Any], where: str) -> None
     known = sorted(FREE | recipe.keys() | ELSEWHERE.keys() | OFFLOADS.keys())
     for name, value in _leaves(own):
         if value == AUTO or name in FREE or (name in recipe and recipe[name] == value):
+            continue
+        if name not in recipe and name.startswith(MOOT):
             continue
         top = name.split(".")[0]
         if top in ELSEWHERE:
