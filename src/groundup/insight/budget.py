@@ -62,6 +62,14 @@ def parse_budget(text: str) -> Budget:
     raise ConfigError("E-CLI", what=f"{text!r} is no budget", next="write it as 2h, 90min, 3d, 1e18FLOPs or 50USD")
 
 
+def parse_time(text: str) -> float:
+    """Seconds of a time such as `20m` or `2h`. Raises ConfigError."""
+    seconds = parse_budget(text).seconds
+    if seconds is None:
+        raise ConfigError("E-CLI", what=f"{text!r} is no time", next="write it as 90s, 20m or 3h")
+    return seconds
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A shape and what the budget lets it read."""
