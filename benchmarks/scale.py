@@ -1,6 +1,6 @@
 """Whether what `groundup scale` foretells comes true: a ladder, then a run with eight times the operations of its largest.
 
-    python -m benchmarks.scale [--seed 0] [--tokens 2300000] [--hidden 128] [--vocab 4096]
+    python -m benchmarks.scale [--seed 0] [--tokens 2000000] [--hidden 96] [--vocab 2048]
 
 Finished runs stand in runs/.benchmarks and are not made again. Adds a row to docs/scale.md; ends with 1 where the loss on
 held-out rows lies more than 2 % from what was foretold before the run began.
@@ -27,15 +27,13 @@ from groundup.base.signals import stop_request  # noqa: E402
 from groundup.cli import errors_as_lines  # noqa: E402
 from groundup.insight.fit import FittedLaw, predicted_loss  # noqa: E402
 from groundup.insight.forecast import Forecast, fit_outcomes, forecast  # noqa: E402
-from groundup.insight.ladder import FullRun, grid  # noqa: E402
+from groundup.insight.ladder import FullRun, rungs_below  # noqa: E402
 from groundup.insight.rungs import Outcome, full_run, outcome_of, run_rung  # noqa: E402
 from groundup.stages.recipe import Recipe, load_recipe  # noqa: E402
 from groundup.stages.run import run_stages  # noqa: E402
 from groundup.stages.starter import LADDER, shape_of  # noqa: E402
 from groundup.stages.work import Work  # noqa: E402
 
-SHARE = 1 / 8
-"""Of the target's operations, in the largest rung."""
 TOLERANCE = 0.02
 BATCH_TOKENS = 1024
 PAGE = Path("docs/scale.md")
@@ -65,9 +63,9 @@ def main() -> int:
     """Make the runs that are not there, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=2_300_000, help="of the target")
-    parser.add_argument("--hidden", type=int, default=128, choices=[width for width, _ in LADDER])
-    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="of the target")
+    parser.add_argument("--hidden", type=int, default=96, choices=[width for width, _ in LADDER])
+    parser.add_argument("--vocab", type=int, default=2048)
     with errors_as_lines(), stop_request():
         return compare(parser.parse_args())
 
@@ -77,7 +75,7 @@ def compare(wanted: argparse.Namespace) -> int:
     recipe = recipe_of(wanted)
     work = Work(recipe, RunFolder(FOLDER / recipe.name), Log())
     full = full_run(work)
-    rungs = grid(full, SHARE)
+    rungs = rungs_below(full)
     seconds, outcomes = 0.0, []
     for rung in rungs:
         outcomes.append(run_rung(recipe, full, rung, work.run.path, work.path("scale"), Log(quiet=True)))
@@ -119,7 +117,7 @@ def cells(
     best_known = min(outcomes, key=lambda one: one.loss).loss
     assert predicted_loss(law, whole.parameters, whole.tokens, full.unique_tokens) == told.loss[-1]
     return {
-        "ladder": f"{len(outcomes)} runs to {outcomes[-1].parameters / 1e6:.2f} M on {outcomes[-1].tokens / 1e6:.2f} M tokens",
+        "ladder": f"{len(outcomes)} runs",
         "target": f"{whole.parameters / 1e6:.2f} M on {whole.tokens / 1e6:.2f} M ({whole.tokens / full.unique_tokens:.2f} passes)",
         "operations": f"{ratio:.1f} times",
         "scatter": f"{100 * fitted.scatter:.2f} %",

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from groundup.base.errors import ConfigError
+from groundup.base.errors import ConfigError, DoesNotFit
 from groundup.insight.ladder import (
-    LARGEST_SHARE,
     LEAST_STEPS,
+    PATTERN,
     FullRun,
-    grid,
     measured_paces,
     planned_rungs,
     rung_recipe,
     rung_seconds,
+    rungs_below,
 )
 from groundup.insight.shrinking import shrunk, shrunk_to
 from groundup.model.config import ModelConfig
@@ -59,14 +59,17 @@ def test_smaller_shapes_are_of_the_same_family(shape):
 
 
 def test_a_ladder_stands_below_the_full_run():
-    rungs = grid(FULL, 1 / 8)
+    rungs = rungs_below(FULL)
     sizes, lengths = {rung.parameters for rung in rungs}, {rung.steps for rung in rungs}
-    assert len(rungs) == len(sizes) * len(lengths) >= 12 and len({rung.name for rung in rungs}) == len(rungs)
+    assert len(rungs) == len(PATTERN) == len({rung.name for rung in rungs})
     assert [rung.flops for rung in rungs] == sorted(rung.flops for rung in rungs)
     assert FULL.rung.flops / rungs[-1].flops == pytest.approx(8, rel=0.2)
-    assert max(sizes) / num_parameters(SHAPE) == pytest.approx(math.sqrt(1 / 8), rel=0.15)
-    assert min(lengths) >= LEAST_STEPS and max(lengths) / 4000 == pytest.approx(math.sqrt(1 / 8), rel=0.01)
+    assert max(sizes) == num_parameters(SHAPE) and max(sizes) / min(sizes) == pytest.approx(16, rel=0.2)
+    assert max(lengths) == 4000 and min(lengths) == 250
     assert {rung.batch_tokens for rung in rungs} == {4096}
+    half = rungs_below(FULL, 1 / 4)
+    assert half[-1].flops / rungs[-1].flops == pytest.approx(1 / 4, rel=0.2)
+    assert max(rung.steps for rung in half) == 2000
 
 
 def test_a_time_decides_how_far_it_reaches():
@@ -77,19 +80,19 @@ def test_a_time_decides_how_far_it_reaches():
         assert cost <= seconds and rungs[-1].flops > before
         before = rungs[-1].flops
     ample = planned_rungs(FULL, 1e9, pace_of)
-    assert ample[-1].flops <= 1.2 * LARGEST_SHARE * FULL.rung.flops, "the full run itself is no rung"
+    assert ample == rungs_below(FULL), "the full run itself is no rung"
     with pytest.raises(ConfigError, match=r"hold no ladder.*--time \d+m"):
         planned_rungs(FULL, 10, pace_of)
     short = replace(FULL, config=CONFIG.model_copy(update={"duration": "60 steps", "batch_size_tokens": 256}))
+    assert rungs_below(short) == []
     with pytest.raises(ConfigError, match="leave no room"):
         planned_rungs(short, 1e9, pace_of)
 
 
 def test_few_large_steps_become_more_of_a_smaller_batch():
     large = replace(FULL, config=CONFIG.model_copy(update={"duration": "300 steps", "batch_size_tokens": 65536}))
-    rungs = grid(large, 1 / 8)
-    batches = {rung.batch_tokens for rung in rungs}
-    assert len(batches) == 1 and batches < {4096 * 2**number for number in range(4)}
+    rungs = rungs_below(large)
+    assert {rung.batch_tokens for rung in rungs} == {16384}
     assert min(rung.steps for rung in rungs) >= LEAST_STEPS
 
 
@@ -99,7 +102,7 @@ def test_a_rung_s_recipe_is_the_recipe_but_for_its_size():
         "sft": {"data": "c", "duration": "1 epochs", "row_length": 64, "batch_size_tokens": 64},
     })  # fmt: skip
     timed = replace(FULL, config=CONFIG.model_copy(update={"warmup": "80 steps"}))
-    rung = grid(FULL, 1 / 8)[0]
+    rung = rungs_below(FULL)[0]
     made = rung_recipe(recipe, timed, rung)
     assert made.corpus == recipe.corpus and made.sft is None and made.name == rung.name
     assert made.model.vocab_size == "auto" and made.model.hidden_size == rung.shape.hidden_size
@@ -123,7 +126,20 @@ def test_paces_lie_between_what_was_measured(monkeypatch):
     monkeypatch.setattr(ladder, "measure_pace", measured)
     said = []
     pace = measured_paces(FULL, said.append)
-    assert len(said) == len(timed) >= 2 and max(timed) < 0.6 * num_parameters(SHAPE)
+    assert len(said) == len(timed) == 3 and max(timed) == num_parameters(SHAPE)
     for parameters in (*timed, math.sqrt(timed[0] * timed[1]), 4 * max(timed)):
         assert pace(parameters).step_seconds == pytest.approx(parameters * 1e-7, rel=1e-6)
     assert pace(1.0).step_seconds == pytest.approx(min(timed) * 1e-7), "no faster than the smallest that was timed"
+
+
+def test_what_the_memory_does_not_hold_is_no_rung(monkeypatch):
+    from groundup.insight import ladder
+
+    def measured(shape, config):
+        if num_parameters(shape) > 0.5 * num_parameters(SHAPE):
+            raise DoesNotFit("E-MEMORY", what="too large")
+        return pace_of(num_parameters(shape))
+
+    monkeypatch.setattr(ladder, "measure_pace", measured)
+    rungs = planned_rungs(FULL, 1e9, measured_paces(FULL, lambda line: None))
+    assert max(rung.parameters for rung in rungs) < num_parameters(SHAPE)

@@ -1,7 +1,7 @@
-"""A ladder: which small runs of a recipe's pretraining fit a time, as a grid of sizes and lengths below the full run."""
+"""A ladder: which small runs of a recipe's pretraining fit a time, by sizes and lengths below the full run."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,22 +18,29 @@ from groundup.stages.recipe import Recipe
 from groundup.train.footprint import num_parameters
 from groundup.train.pace import Pace, measure_pace
 
-SIZES, LENGTHS = 4, 4
-"""Of the grid, each half of the one before."""
-FEWEST = 3
-"""Sizes, and lengths, that a law of five constants is fitted to."""
+PATTERN = (
+    *((0.0, 3.0), (0.0, 4.0), (3.0, 0.0), (4.0, 0.0)),
+    *((3.0, 3.0), (3.0, 4.0), (4.0, 3.0), (4.0, 4.0)),
+    *((2.0, 3.0), (2.0, 4.0), (3.0, 2.0), (4.0, 2.0)),
+    (1.5, 1.5),
+)
+"""Halvings of (parameters, tokens) below the run at the ladder's head, none with more than an eighth of its operations: the
+head's size on little text, its text with few parameters, the square below both, the way there, and the middle.
+
+A square of the same cost up to (1.5, 1.5) tells the head's loss twice as badly (docs/log.md): every term of the law is seen
+at its end here, and what is foretold is only that the terms add up."""
+FEWEST, FEWEST_RUNGS = 3, 8
+"""Sizes, and lengths, and rungs that a law of five constants is fitted to."""
 LEAST_APART = 1.25
 """Factor between the parameters of two sizes."""
 LEAST_STEPS = 48
 """Of a rung: fewer tell of warmup more than of tokens."""
-LARGEST_SHARE = 1 / 4
-"""Of the full run's operations, in the largest rung."""
 LEVELS = 24
-"""Shares that are tried, each the root of a half of the one before."""
+"""Heads that are tried, each with the root of a half of the operations of the one before; the first is the full run."""
 LOOKS = 10
 """At held-out rows, in a rung."""
-PROBED, PROBED_APART = 3, 8
-"""Sizes that are timed, and the factor between them."""
+PROBED, PROBED_APART = 3, 2
+"""Sizes that are timed, and the halvings between them."""
 LONGEST_PROBE = 10.0
 """Seconds of a step after which no larger size is timed."""
 OVERHEAD_SECONDS = 2.0
@@ -118,7 +125,7 @@ def planned_rungs(full: FullRun, seconds: float, pace_of: Callable[[float], Pace
     """
     least = math.inf
     for level in range(LEVELS):
-        rungs = grid(full, LARGEST_SHARE * 2 ** (-level / 2))
+        rungs = rungs_below(full, 2 ** (-level / 2))
         if not rungs:
             break
         cost = sum(rung_seconds(rung, full, pace_of(rung.parameters)) for rung in rungs)
@@ -140,37 +147,42 @@ def planned_rungs(full: FullRun, seconds: float, pace_of: Callable[[float], Pace
     )
 
 
-def grid(full: FullRun, share: float) -> list[Rung]:
-    """Rungs whose largest has about a share of the full run's operations, parameters and tokens shrunk alike.
+def rungs_below(full: FullRun, share: float = 1.0) -> list[Rung]:
+    """The pattern below a head with a share of the full run's operations, parameters and tokens shrunk alike.
 
     Empty where the family or the steps hold too few different ones.
     """
-    parameters = num_parameters(full.shape)
-    shapes = list(_sizes(full.shape, [parameters * math.sqrt(share) / 2**number for number in range(SIZES)]))
+    parameters = num_parameters(full.shape) * math.sqrt(share)
+    shapes = _sizes(full.shape, parameters, sorted({size for size, _ in PATTERN}))
     batch, lengths = _lengths(full, full.rung.tokens * math.sqrt(share))
-    if len(shapes) < FEWEST or len(lengths) < FEWEST:
+    rungs = {
+        Rung(shapes[size], lengths[length], batch) for size, length in PATTERN if size in shapes and length in lengths
+    }
+    if len(set(shapes.values())) < FEWEST or len(lengths) < FEWEST or len(rungs) < FEWEST_RUNGS:
         return []
-    return sorted((Rung(shape, steps, batch) for shape in shapes for steps in lengths), key=lambda rung: rung.flops)
+    return sorted(rungs, key=lambda rung: (rung.flops, rung.name))
 
 
-def _sizes(shape: ModelConfig, wanted: Sequence[float]) -> Iterator[ModelConfig]:
-    """Shapes near numbers of parameters, without those too near to the one before."""
-    before = 0.0
-    for parameters in wanted:
-        smaller = shrunk_to(shape, parameters)
-        if not before or abs(math.log(num_parameters(smaller) / before)) >= math.log(LEAST_APART):
-            yield smaller
+def _sizes(shape: ModelConfig, most: float, halvings: Sequence[float]) -> dict[float, ModelConfig]:
+    """Shapes by their halvings, without those that the family has only near to the one before."""
+    shapes: dict[float, ModelConfig] = {}
+    before = math.inf
+    for halving in halvings:
+        smaller = shrunk_to(shape, most / 2**halving)
+        if num_parameters(smaller) * LEAST_APART <= before:
+            shapes[halving] = smaller
             before = num_parameters(smaller)
+    return shapes
 
 
-def _lengths(full: FullRun, most_tokens: float) -> tuple[int, list[int]]:
-    """(batch, steps of each length): the recipe's batch, or a part of it where that would leave too few steps."""
+def _lengths(full: FullRun, most_tokens: float) -> tuple[int, dict[float, int]]:
+    """(batch, steps by their halvings): the recipe's batch, or a part of it where that would leave too few steps."""
     batch = full.config.batch_size_tokens
+    halvings = sorted({length for _, length in PATTERN})
     while True:
-        steps = [round(most_tokens / batch / 2**number) for number in range(LENGTHS)]
-        enough = [count for count in steps if count >= LEAST_STEPS]
-        if len(enough) >= FEWEST or batch % (2 * full.config.row_length):
-            return batch, enough
+        steps = {halving: round(most_tokens / batch / 2**halving) for halving in halvings}
+        if min(steps.values()) >= LEAST_STEPS or batch % (2 * full.config.row_length):
+            return batch, {halving: count for halving, count in steps.items() if count >= LEAST_STEPS}
         batch //= 2
 
 
@@ -187,13 +199,15 @@ def measured_paces(full: FullRun, say: Callable[[str], None]) -> Callable[[float
     Raises DoesNotFit where the memory does not hold the smallest.
     """
     known: dict[float, Pace] = {}
-    most = num_parameters(full.shape) * math.sqrt(LARGEST_SHARE)
-    for shape in _sizes(full.shape, [most / PROBED_APART**number for number in reversed(range(PROBED))]):
+    too_large = math.inf
+    halvings = [PROBED_APART * number for number in range(PROBED)]
+    for shape in reversed(_sizes(full.shape, num_parameters(full.shape), halvings).values()):
         try:
             pace = measure_pace(shape, full.config)
         except DoesNotFit:
             if not known:
                 raise
+            too_large = num_parameters(shape)
             break
         known[math.log(num_parameters(shape))] = pace
         tokens = full.config.batch_size_tokens / pace.step_seconds
@@ -203,6 +217,8 @@ def measured_paces(full: FullRun, say: Callable[[str], None]) -> Callable[[float
     places = sorted(known)
 
     def pace_of(parameters: float) -> Pace:
+        if parameters >= too_large:
+            return Pace(math.inf, math.inf)
         place = math.log(parameters)
         larger = max(0.0, place - places[-1])  # of what was not timed the time is in proportion
 

@@ -38,10 +38,8 @@ def read_foretold(run: Path, stage: Path) -> Foretold | None:
     values, began = read_json(path), read_json(key)
     if not _is_within(values["settings"], flatten(began["config"])) or values["inputs"] != began["inputs"]:
         return None
-    return Foretold(
-        **{name: tuple(values[name]) for name in ("steps", "loss", "low", "high")},
-        **{name: values[name] for name in ("level", "num_runs", "compute_ratio")},
-    )
+    steps, loss, low, high = (tuple(values[name]) for name in ("steps", "loss", "low", "high"))
+    return Foretold(steps, loss, low, high, values["level"], values["num_runs"], values["compute_ratio"])
 
 
 def _is_within(some: Mapping[str, Any], all_of_them: Mapping[str, Any]) -> bool:
