@@ -164,12 +164,12 @@ def rungs_below(full: FullRun, share: float = 1.0) -> list[Rung]:
 
 
 def _sizes(shape: ModelConfig, most: float, halvings: Sequence[float]) -> dict[float, ModelConfig]:
-    """Shapes by their halvings, without those that the family has only near to the one before."""
+    """Shapes by their halvings, each clearly smaller than the one before; fewer where the family ends."""
     shapes: dict[float, ModelConfig] = {}
     before = math.inf
     for halving in halvings:
-        smaller = shrunk_to(shape, most / 2**halving)
-        if num_parameters(smaller) * LEAST_APART <= before:
+        smaller = shrunk_to(shape, most / 2**halving, most=before / LEAST_APART)
+        if smaller is not None:
             shapes[halving] = smaller
             before = num_parameters(smaller)
     return shapes

@@ -6,6 +6,8 @@ from groundup.model.config import ModelConfig
 from groundup.train.footprint import num_parameters
 
 SMALLEST_WIDTH = 16
+NARROW = 128
+"""Width below which sizes of heads go by 4, not by 8: else there would be too few shapes."""
 FACTORS_AN_OCTAVE = 16
 """Widths that are tried between a factor and its half."""
 OCTAVES = 7
@@ -16,7 +18,8 @@ def shrunk(shape: ModelConfig, factor: float) -> ModelConfig:
     groups = shape.num_attention_heads // shape.num_key_value_heads
     fewest = groups if groups > 1 else min(2, shape.num_attention_heads)
     heads = max(fewest, round(shape.num_attention_heads * factor / groups) * groups)
-    step = 8 * heads if shape.head_dim is None else 8
+    finest = 8 if factor * shape.hidden_size >= NARROW else 4
+    step = finest * heads if shape.head_dim is None else finest
     hidden = max(step, round(shape.hidden_size * factor / step) * step)
     layers = max(min(2, shape.num_hidden_layers), round(shape.num_hidden_layers * math.sqrt(factor)))
     values = shape.model_dump()
@@ -36,8 +39,12 @@ def shrunk(shape: ModelConfig, factor: float) -> ModelConfig:
     return ModelConfig.model_validate(values)
 
 
-def shrunk_to(shape: ModelConfig, parameters: float) -> ModelConfig:
-    """The shape of the family whose parameters are nearest to a number; the vocabulary stays, so it has a smallest."""
+def shrunk_to(shape: ModelConfig, parameters: float, *, most: float = math.inf) -> ModelConfig | None:
+    """The shape of the family, of those with at most so many, whose parameters are nearest to a number.
+
+    None where there is none: the vocabulary stays, so that the family has a smallest.
+    """
     factors = [2 ** (-number / FACTORS_AN_OCTAVE) for number in range(OCTAVES * FACTORS_AN_OCTAVE)]
     family = [shape, *(shrunk(shape, factor) for factor in factors if factor * shape.hidden_size >= SMALLEST_WIDTH)]
-    return min(family, key=lambda one: abs(math.log(num_parameters(one) / parameters)))
+    fitting = [one for one in family if num_parameters(one) <= most]
+    return min(fitting, key=lambda one: abs(math.log(num_parameters(one) / parameters)), default=None)
