@@ -29,6 +29,8 @@ head's size on little text, its text with few parameters, the square below both,
 
 A square of the same cost up to (1.5, 1.5) tells the head's loss twice as badly (docs/log.md): every term of the law is seen
 at its end here, and what is foretold is only that the terms add up."""
+MOST_OF_THE_HEAD = 1 / 8
+"""Of its operations: a rung whose shape came out larger than asked for is shorter."""
 FEWEST, FEWEST_RUNGS = 3, 8
 """Sizes, and lengths, and rungs that a law of five constants is fitted to."""
 LEAST_APART = 1.25
@@ -155,8 +157,11 @@ def rungs_below(full: FullRun, share: float = 1.0) -> list[Rung]:
     parameters = num_parameters(full.shape) * math.sqrt(share)
     shapes = _sizes(full.shape, parameters, sorted({size for size, _ in PATTERN}))
     batch, lengths = _lengths(full, full.rung.tokens * math.sqrt(share))
+    most = MOST_OF_THE_HEAD * share * full.rung.flops / batch / 6
     rungs = {
-        Rung(shapes[size], lengths[length], batch) for size, length in PATTERN if size in shapes and length in lengths
+        Rung(shapes[size], min(lengths[length], int(most / num_parameters(shapes[size]))), batch)
+        for size, length in PATTERN
+        if size in shapes and length in lengths
     }
     if len(set(shapes.values())) < FEWEST or len(lengths) < FEWEST or len(rungs) < FEWEST_RUNGS:
         return []
