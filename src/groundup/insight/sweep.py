@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from groundup.base.artifact import RunFolder, read_manifest
+from groundup.base.artifact import RunFolder
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.insight.budget import flops_a_token
@@ -132,7 +132,8 @@ def _one(work: Work, shape: ModelConfig, size: int, flops: float) -> Swept:
     with run.lock():
         take_over("corpus", work.run.path, run)
     changes = {"name": f"vocabulary-{size}", "tokenizer": tokenizer, "sft": None, "lora": None}
-    base = recipe.model_copy(update=changes)
+    measure = recipe.eval.model_copy(update={"prime_bytes": 0})  # compressors are the same for every vocabulary
+    base = recipe.model_copy(update=changes | {"eval": measure})
     text = replace(work, recipe=base, run=run)
     run_stages(text, STAGES[:3])
     real = int(read_json(run.path / "tokenizer" / "summary.json")["vocab_size"])
@@ -142,7 +143,6 @@ def _one(work: Work, shape: ModelConfig, size: int, flops: float) -> Swept:
     summary = read_json(run.path / "pretrain" / "summary.json")
     tokens = read_json(run.path / "tokens" / "summary.json")["train"]
     a_token = tokens["bytes"] / tokens["tokens"]
-    assert read_manifest(run.path / "pretrain") is not None
     return Swept(
         vocabulary=real,
         parameters=num_parameters(shape),
