@@ -39,7 +39,7 @@ LEAST_STEPS = 48
 """Of a rung: fewer tell of warmup more than of tokens."""
 LEVELS = 24
 """Heads that are tried, each with the root of a half of the operations of the one before; the first is the full run."""
-LOOKS = 10
+LOOKS = 5
 """At held-out rows, in a rung."""
 PROBED, PROBED_APART = 3, 2
 """Sizes that are timed, and the halvings between them."""
