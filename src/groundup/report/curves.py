@@ -21,6 +21,7 @@ MARKED = ("resume", "nonfinite", "spike", "skip", "overflow", "rewind", "oom", "
 MAX_MARKS = 24
 MAX_POINTS = 240
 """Points a curve is thinned to; the page must stay small, and a screen shows no more."""
+BAND_ALPHA = 0.18
 WIDTH, HEIGHT = 5.0, 3.0
 """Inches of 72 CSS pixels: the size at which the text is as large as the page's small text, on a phone."""
 
@@ -57,6 +58,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Where a curve normally lies."""
+
+    label: str
+    low: Points
+    high: Points
+    colour: int
+
+
+@dataclass(frozen=True)
 class Chart:
     """Curves over the steps of a stage, or over what else grows with them."""
 
@@ -74,6 +85,7 @@ class Chart:
     axis: str = "step"
     """What the points' places are, its unit with it."""
     max_points: int = MAX_POINTS
+    band: Band | None = None
 
     @property
     def legend(self) -> list[Line]:
@@ -95,9 +107,10 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         Chart(
             "Loss",
             "nats per token",
-            (*_raw_and_smoothed("train", stage.loss, 0), *losses),
+            (*_raw_and_smoothed("train", stage.loss, 0), *losses, *_foretold_lines(stage)),
             marks=marks,
             mark_words=words,
+            band=_band(stage),
         ),
         Chart(
             "Loss by source",
@@ -150,6 +163,18 @@ def _validation_lines(stage: StageRecord, figure: str) -> list[Line]:
     ]
 
 
+def _foretold_lines(stage: StageRecord) -> list[Line]:
+    told = stage.foretold
+    return [] if told is None else [Line("foretold", Points(told.steps, told.loss), 2, is_dashed=True)]
+
+
+def _band(stage: StageRecord) -> Band | None:
+    told = stage.foretold
+    if told is None:
+        return None
+    return Band(f"normal, {100 * told.level:.0f} %", Points(told.steps, told.low), Points(told.steps, told.high), 2)
+
+
 def smoothed(points: Points) -> Points:
     """A mean over about a fortieth of the run, centred, so that it lags behind nothing; short runs stay as they are."""
     half = len(points) // 80
@@ -192,10 +217,14 @@ def draw(chart: Chart) -> str:
                 alpha=0.35 if line.is_faint else 1.0,
                 linewidth=0.8 if line.is_faint else 1.6,
                 linestyle=(0, (4, 2)) if line.is_dashed else "-",
-                marker="o" if len(points) <= 12 and len(chart.lines) <= NUM_COLOURS else "",
+                marker="o" if len(points) <= 12 and len(chart.lines) <= NUM_COLOURS and not line.is_dashed else "",
                 markersize=3.5,
                 solid_joinstyle="round",
             )
+        if chart.band is not None:
+            low, high = chart.band.low, chart.band.high
+            colour = SERIES[chart.band.colour % NUM_COLOURS]
+            axes.fill_between(low.steps, low.values, high.values, color=colour, alpha=BAND_ALPHA, linewidth=0)
         for step in chart.marks:
             axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.set_xlabel(chart.axis)
