@@ -5,6 +5,7 @@ import argparse
 import datetime
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,12 +17,12 @@ from groundup.model.config import ModelConfig
 from groundup.optim.config import OptimConfig
 from groundup.parallel.config import DIMS, ParallelConfig
 from groundup.parallel.cut import Spread
-from groundup.parallel.traffic import SHARES
+from groundup.parallel.traffic import sent_bytes
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread import measure
 from groundup.train.flops import step_flops
 from groundup.train.footprint import Training, footprint
-from groundup.train.spread_traffic import Payload, step_payload
+from groundup.train.spread_traffic import step_payload
 
 PAGE = Path("docs/scaling.md")
 MEASURED = {
@@ -133,7 +134,7 @@ def on_paper(name: str, shape: ModelConfig, degrees: Mapping[str, int]) -> Paper
     sent: dict[str, float] = {}
     for place in range(spread.pipeline):
         at_place = replace(training, spread=replace(spread, place=place))
-        for dim, num_bytes in _sent(step_payload(shape, at_place), config).items():
+        for dim, num_bytes in sent_bytes(step_payload(shape, at_place), config.degrees).items():
             sent[dim] = max(sent.get(dim, 0.0), num_bytes)
     pairs = BATCH_TOKENS * (ROW_LENGTH + 1) // 2
     flops = step_flops(shape).of(tokens=BATCH_TOKENS, loss_tokens=BATCH_TOKENS, pairs=pairs)
@@ -149,17 +150,9 @@ def on_paper(name: str, shape: ModelConfig, degrees: Mapping[str, int]) -> Paper
     )
 
 
-def _sent(payload: Payload, config: ParallelConfig) -> dict[str, float]:
-    degrees: dict[str, int] = dict(config.degrees)
-    sent: dict[str, float] = {}
-    for (dim, kind), num_bytes in payload.items():
-        sent[dim] = sent.get(dim, 0.0) + SHARES[kind](degrees[dim]) * num_bytes
-    return sent
-
-
 def _link(dim: str, config: ParallelConfig) -> float:
     """Inside a node where all ranks of the dimension, and of those inside it, have room there."""
-    inner = [config.degrees[other] for other in DIMS[DIMS.index(dim) :]]  # type: ignore[arg-type]
+    inner = [config.degrees[other] for other in DIMS[DIMS.index(dim) :]]
     return INSIDE if prod(inner) <= NODE else BETWEEN
 
 
@@ -181,20 +174,20 @@ def paper_rows() -> Iterator[str]:
 
 
 def measured_rows() -> Iterator[tuple[str, str]]:
-    """Of each case a row of what is held and a row of what is sent."""
-    for name, shape, parallel in CASES:
-        num_ranks = ParallelConfig.model_validate(parallel).num_ranks
-        with tempfile.TemporaryDirectory() as folder, RankGroup(Path(folder) / "meet", num_ranks) as ranks:
+    """Of each case a row of what is held and rows of what is sent."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        numbers = sorted({ParallelConfig.model_validate(parallel).num_ranks for *_, parallel in CASES})
+        groups = {num: stack.enter_context(RankGroup(Path(folder) / f"meet-{num}", num)) for num in numbers}
+        for name, shape, parallel in CASES:
+            num_ranks = ParallelConfig.model_validate(parallel).num_ranks
             plain = ModelConfig.model_validate(shape).model_dump(mode="json")
-            answers = ranks.run(measure.__name__, "measure", plain, parallel, "adamw", "fp32")
-        values = [answer["value"] for answer in answers]
-        held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
-        off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
-        parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
-        held_row = (
-            f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
-        )
-        yield held_row, "\n".join(_sent_rows(name, values))
+            answers = groups[num_ranks].run(measure.__name__, "measure", plain, parallel, "adamw", "fp32")
+            values = [answer["value"] for answer in answers]
+            held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
+            off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
+            parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
+            row = f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
+            yield row, "\n".join(_sent_rows(name, values))
 
 
 def _sent_rows(name: str, values: list[dict[str, Any]]) -> Iterator[str]:

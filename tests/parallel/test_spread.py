@@ -69,6 +69,13 @@ def test_other_models_are_sharded_too(on_two_ranks, shape):
     assert result.verdict == "PASS", result.line()
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_experts_that_the_shards_do_not_divide_are_cut_inside_their_matrices(on_two_ranks, optimizer):
+    result = judge(Case({"data_shard": 2}, optimizer=optimizer), on_two_ranks, shape_of(EXPERTS | {"num_experts": 3}))
+    assert result.verdict == "PASS", result.line()
+    assert result.figures["held"] < 0.52, "padded to a whole expert"
+
+
 @pytest.mark.parametrize(
     ("fault", "says"),
     [("averages", '"norm": 0.5'), ("shards_nothing", "nothing was sharded"), ("norm_of_a_shard", '"losses"')],

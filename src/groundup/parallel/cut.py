@@ -42,7 +42,12 @@ class Spread:
     def of(cls, degrees: Mapping[Dim, int], config: ParallelConfig) -> "Spread":
         """A recipe's section, its degrees resolved."""
         return cls(
-            **degrees,
+            pipeline=degrees["pipeline"],
+            data_replicate=degrees["data_replicate"],
+            data_shard=degrees["data_shard"],
+            expert=degrees["expert"],
+            context=degrees["context"],
+            tensor=degrees["tensor"],
             shard=config.shard,
             schedule=config.pipeline_schedule,
             cpu_offload=config.cpu_offload,

@@ -17,8 +17,8 @@ from groundup.parallel.rank import LAUNCHER_PID, LISTEN_FD
 from groundup.parallel.world import World
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SHARED_MEMORY = "/dev/shm"
@@ -120,13 +120,13 @@ def check_net(world: World, *, patience_seconds: float) -> NetReport:
 
 def _meet(world: World, facts: Facts, patience_seconds: float) -> Any:
     """The store at which ranks meet, once all are there."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     listening = os.environ.pop(LISTEN_FD, None) if LAUNCHER_PID in os.environ else None
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             address,
             int(port),
             world.size,
@@ -142,7 +142,7 @@ def _meet(world: World, facts: Facts, patience_seconds: float) -> Any:
             where=f"{address}:{port}",
             next="see that the first machine is up, that its name resolves here and that no firewall closes the port",
         ) from None
-    prefixed = dist.PrefixStore(f"net-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    prefixed = PrefixStore(f"net-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     _answer(prefixed, world, "arrival", f"on {facts.host}")
     missing = _silent(prefixed, world, "arrival", patience_seconds)
     if missing:
@@ -150,11 +150,11 @@ def _meet(world: World, facts: Facts, patience_seconds: float) -> Any:
     return prefixed
 
 
-def _answer(store: "dist.Store", world: World, phase: str, words: str = "") -> None:
+def _answer(store: "Store", world: World, phase: str, words: str = "") -> None:
     store.set(f"{phase}/{world.rank}", words or "here")
 
 
-def _silent(store: "dist.Store", world: World, phase: str, seconds: float) -> list[int]:
+def _silent(store: "Store", world: World, phase: str, seconds: float) -> list[int]:
     """Ranks that have not answered after so long."""
     until = time.monotonic() + seconds
     missing = list(range(world.size))
@@ -167,7 +167,7 @@ def _silent(store: "dist.Store", world: World, phase: str, seconds: float) -> li
 
 
 @contextmanager
-def _named(store: "dist.Store", world: World, phase: str, seconds: float) -> Iterator[None]:
+def _named(store: "Store", world: World, phase: str, seconds: float) -> Iterator[None]:
     """A message that fails or takes too long inside: whoever is still there says so, the others are named."""
     try:
         yield
@@ -182,7 +182,7 @@ def _named(store: "dist.Store", world: World, phase: str, seconds: float) -> Ite
             raise _does_not_answer(None, [0], phase) from None
 
 
-def _does_not_answer(store: "dist.Store | None", ranks: Sequence[int], phase: str) -> DistributedError:
+def _does_not_answer(store: "Store | None", ranks: Sequence[int], phase: str) -> DistributedError:
     names = []
     for rank in ranks:
         key = f"arrival/{rank}"

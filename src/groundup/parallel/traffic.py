@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groundup.parallel.config import DIMS
@@ -44,11 +44,11 @@ _SILENT = {"recv_", "wait_tensor", "_wrap_tensor_autograd", "barrier", "monitore
 """What sends nothing of its own."""
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context that counts. A kind of message that it does not know is an error, not a gap in the count."""
 
     def __init__(self, mesh: Mesh) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.payload: Counter[tuple[str, str]] = Counter()
         """Bytes by dimension and kind: of a gather what every rank has then, of all else what it had before."""
         self.num_messages: Counter[tuple[str, str]] = Counter()
@@ -75,7 +75,7 @@ class Traffic(TorchDispatchMode):
         self.num_messages[key] += 1
 
 
-def sent_bytes(payload: Mapping[tuple[str, str], float], degrees: Mapping[str, int]) -> dict[str, float]:
+def sent_bytes(payload: Mapping[tuple[str, str], float], degrees: Mapping[Any, int]) -> dict[str, float]:
     """Bytes that a rank sends over each dimension, of what it hands to each kind of message."""
     sent: dict[str, float] = {}
     for (dim, kind), num_bytes in payload.items():

@@ -168,7 +168,7 @@ def _shape_lines(section: Rehearsal) -> Iterator[str]:
         name = f"{before}{layers}*.{after.partition('.')[2]}" if layers else name
         found[name, size] = found.get((name, size), 0) + 1
     yield ""
-    yield f"    {'parameter':<50} {'whole':<20} {'of a rank':<20}"
+    yield f"    {'parameter':<50} {'whole':<20} of a rank"
     for (name, size), count in found.items():
         local = held_shape(name.replace("*", "0"), size, spread)
         words = [" × ".join(map(str, value)) for value in (size, shard_shape(local, spread))]
@@ -183,21 +183,20 @@ def _memory_lines(section: Rehearsal, limit: int | None) -> Iterator[str]:
     ]
     totals = [found.total for found in places]
     worst = max(range(len(places)), key=totals.__getitem__)
-    verdict = (
-        "" if limit is None else f" of {limit / 1e9:.1f} GB: {'fits' if totals[worst] <= limit else 'DOES NOT FIT'}"
-    )
+    fits = limit is None or totals[worst] <= limit
+    verdict = "" if limit is None else f" of {limit / 1e9:.1f} GB: {'fits' if fits else 'DOES NOT FIT'}"
     yield ""
-    yield f"  memory of a rank: {totals[worst] / 1e9:.1f} GB{verdict}"
+    yield f"  memory of a rank: {totals[worst] / 1e9:,.2f} GB{verdict}"
     if len(places) > 1:
-        yield f"    by place in the pipeline: {', '.join(f'{total / 1e9:.1f}' for total in totals)} GB; below, place {worst}"
+        yield f"    by place in the pipeline: {', '.join(f'{total / 1e9:,.2f}' for total in totals)} GB; below, place {worst}"
     for field in fields(Footprint):
         num_bytes = getattr(places[worst], field.name)
         if field.name != "start" and num_bytes >= totals[worst] / 1000:
-            yield f"    {field.name:<12} {num_bytes / 1e9:>9.2f} GB"
+            yield f"    {field.name:<12} {num_bytes / 1e9:>10,.3f} GB"
     start = FP32 * num_parameters(section.shape)
     if training.device == "cuda":
-        yield f"    at the start every rank builds the model whole, in {start / 1e9:.1f} GB of its host's memory"
-    if limit is not None and totals[worst] > limit:
+        yield f"    at the start every rank builds the model whole, in {start / 1e9:,.2f} GB of its host's memory"
+    if limit is not None and not fits:
         for words, easy in easier(section.shape, training):
             if max(_totals(section.shape, easy)) <= limit:
                 yield f"    what fits: {words}"
@@ -223,7 +222,7 @@ def _traffic_lines(section: Rehearsal) -> Iterator[str]:
     yield ""
     yield f"  a rank sends in a step of {section.config.batch_size_tokens:,} tokens:"
     for dim, num_bytes in sent.items():
-        yield f"    {dim:<14} {num_bytes / 1e9:>9.3f} GB among {degrees[dim]} ranks"  # type: ignore[index]
+        yield f"    {dim:<14} {num_bytes / 1e9:>10,.3f} GB among {degrees[dim]} ranks"  # type: ignore[index]
 
 
 def run_small(sections: list[Rehearsal], log: Log) -> None:
@@ -235,14 +234,15 @@ def run_small(sections: list[Rehearsal], log: Log) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks, wanted in groups.items():
             with RankGroup(Path(folder) / f"meet-{num_ranks}", num_ranks) as ranks:
-                for number, (section, degrees) in enumerate(wanted):
-                    log.say(_run_one(ranks.run, section, degrees, Path(folder) / f"{num_ranks}-{number}"))
+                for number, (section, mesh) in enumerate(wanted):
+                    log.say(_run_one(ranks.run, section, mesh, Path(folder) / f"{num_ranks}-{number}"))
 
 
 def _run_one(run: Run, section: Rehearsal, degrees: Mapping[Dim, int], folder: Path) -> str:
     began = time.monotonic()
     shape = small_shape(section.shape, degrees, section.parallel)
-    parallel = section.parallel.model_copy(update=dict.fromkeys(section.parallel.degrees, 1) | dict(degrees))
+    update: dict[str, int] = {dim: degrees.get(dim, 1) for dim in section.parallel.degrees}
+    parallel = section.parallel.model_copy(update=update)
     shares = Spread.of(parallel.degrees, parallel).num_row_shares
     answers = run(
         rehearsed.__name__,
