@@ -12,9 +12,10 @@ import torch
 from parallel import work_reshard, work_zero
 from train import combined_runs
 
-from groundup.base.errors import CheckpointError, ConfigError
+from groundup.base.errors import CheckpointError, ConfigError, DistributedError, DoesNotFit
 from groundup.base.piece import Piece
 from groundup.checkpoint.pieces import SavedGroup
+from groundup.model.config import ModelConfig
 from groundup.parallel.config import ParallelConfig
 from groundup.parallel.mesh import degrees_of
 from groundup.parallel.world import World
@@ -22,7 +23,10 @@ from groundup.parallel.zero_settings import ZERO, offloads_optimizer, zero_setti
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread.table import CASES, Case, judge
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
+from groundup.stages.config import FinetuneConfig
+from groundup.train import resolve
 from groundup.train.combinations import AXES, refuse_clash
+from groundup.train.deepspeed_engine import DeepSpeedEngine
 
 from .test_spread import DENSE, EXPERTS, shape_of
 
@@ -135,6 +139,37 @@ def test_ranks_that_do_not_shard_are_refused():
         ParallelConfig(shard="optimizer", data_shard=2)
     with pytest.raises(ValueError, match="engine: deepspeed alone"):
         ParallelConfig(deepspeed_config="x.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "shape", "precision", "compiles", "then"),
+    [
+        (1, {}, {}, "fp32", True, "set compile: false"),
+        (3, {"adapter": "lora"}, {}, "fp32", False, "set parallel.shard: gradients"),
+        (2, {}, {"model_type": "dots1", "n_shared_experts": 1}, "fp32", False, "take another model_type"),
+        (2, {}, {}, "bf16", False, "set precision: fp32"),
+    ],
+)
+def test_what_it_does_not_train_is_refused(stage, section, shape, precision, compiles, then):
+    lengths = {"duration": "6 steps", "row_length": 16, "batch_size_tokens": 64, "data": "x"}
+    config = FinetuneConfig(**lengths | {"adapter": "none"} | section)
+    experts = ModelConfig(**EXPERTS | shape)
+    with pytest.raises(ConfigError, match=rf"E-CONFIG-DEEPSPEED: .*ZeRO-{stage}") as caught:
+        resolve._refuse_under_zero(config, experts, stage, precision, compiles=compiles)
+    assert then in caught.value.next
+    resolve._refuse_under_zero(FinetuneConfig(**lengths | {"adapter": "none"}), None, 3, "bf16", compiles=False)
+
+
+@pytest.mark.parametrize(("world", "error"), [(World(), DoesNotFit), (World(0, 2), DistributedError)])
+def test_where_memory_is_refused_a_step_is_not_begun_anew(world, error, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    engine = object.__new__(DeepSpeedEngine)
+    engine.world, engine.micro_batch_rows = world, 4
+    monkeypatch.setattr(engine, "_try_forward_backward", refuse)
+    with pytest.raises(error, match="micro-batch"):
+        engine.forward_backward(None, lambda row: row)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")

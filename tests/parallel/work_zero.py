@@ -16,7 +16,9 @@ from groundup.train.spread_engine import SpreadEngine
 
 def make(world, shape, parallel, **changes):
     world.spread(ParallelConfig(**parallel))
-    config = OptimConfig(optimizer="adamw", lr=1e-2, max_grad_norm=0.05, **changes)
+    # on the host, DeepSpeed's own AdamW would be compiled first
+    optimizer = "sgd" if parallel.get("cpu_offload") else "adamw"
+    config = OptimConfig(optimizer=optimizer, lr=1e-2, max_grad_norm=0.05, **changes)
     subject = Subject(ModelConfig(**shape), config, "cpu")
     engine = DeepSpeedEngine(
         subject.model(), config, dtype=torch.float32, device="cpu", micro_batch_rows=2, world=world

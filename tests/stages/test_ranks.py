@@ -106,7 +106,7 @@ def test_a_killed_rank_of_shards_is_named_and_the_end_is_that_of_an_unbroken_run
     """Both hold parts of every weight: what the one saved is worth nothing without what the other did."""
     settings = [*SHARDED[how], "--pretrain.optimizer", "adamw"]
     assert (said := ranks.run("whole", *settings, data="")).code == 0 and not said.err, said
-    said = ranks.run("runs", *settings, failpoint="engine.forward:kill:5:1", data="")
+    said = ranks.run("runs", *settings, failpoint="comm.pre:kill:5:1", data="")
     assert said.code == 0 and "W-RESTART: E-RANK-LOST: rank 1 (pid " in said.err, said
     assert ranks.bits("runs") == ranks.bits("whole")
     process = ranks.start("late", *settings, "--parallel.max_restarts", "0", failpoint="run.validate:slow:1", data="")

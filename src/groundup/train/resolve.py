@@ -286,7 +286,7 @@ def _refuse_under_zero(
     elif stage == 3 and isinstance(config, AdapterConfig) and config.adapter != "none":
         what, then = "a base that lies in parts cannot be read with its adapter", "set parallel.shard: gradients"
     elif shape is not None and shape.has_router_bias:
-        what, then = f"it does not know the biases of {shape.model_type}'s routers", "leave parallel.engine out"
+        what, then = f"it does not know the biases of {shape.model_type}'s routers", "take another model_type"
     elif shape is not None and shape.num_experts is not None and precision == "bf16":
         what, then = "routers compute in fp32, and it casts the whole model", "set precision: fp32"
     if what:
