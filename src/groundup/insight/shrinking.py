@@ -1,4 +1,4 @@
-"""Smaller shapes of the same family: width, heads, MLP and depth of a recipe's model, shrunk together."""
+"""Smaller shapes of the same family: width, heads and MLP of a recipe's model, shrunk together; its depth stays."""
 
 import math
 
@@ -14,16 +14,15 @@ OCTAVES = 7
 
 
 def shrunk(shape: ModelConfig, factor: float) -> ModelConfig:
-    """The shape at `factor` of its width, and the root of it of its depth, as the shapes of `groundup init` go."""
+    """The shape at `factor` of its width. The depth stays: with it a layer more or less would be a step in the law."""
     groups = shape.num_attention_heads // shape.num_key_value_heads
     fewest = groups if groups > 1 else min(2, shape.num_attention_heads)
     heads = max(fewest, round(shape.num_attention_heads * factor / groups) * groups)
     finest = 8 if factor * shape.hidden_size >= NARROW else 4
     step = finest * heads if shape.head_dim is None else finest
     hidden = max(step, round(shape.hidden_size * factor / step) * step)
-    layers = max(min(2, shape.num_hidden_layers), round(shape.num_hidden_layers * math.sqrt(factor)))
     values = shape.model_dump()
-    values |= {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    values |= {"hidden_size": hidden, "num_attention_heads": heads}
     values |= {"num_key_value_heads": heads // groups}
     for name in ("intermediate_size", "moe_intermediate_size"):
         if values[name] is not None:
@@ -31,11 +30,6 @@ def shrunk(shape: ModelConfig, factor: float) -> ModelConfig:
     if shape.head_dim is not None:
         whole = shape.head_dim * shape.num_attention_heads * hidden / shape.hidden_size
         values["head_dim"] = max(8, round(whole / heads / 8) * 8)
-    if shape.layer_types is not None:
-        values["layer_types"] = shape.layer_types[:layers]
-    values["max_window_layers"] = min(shape.max_window_layers, layers)
-    values["mlp_only_layers"] = tuple(layer for layer in shape.mlp_only_layers if layer < layers)
-    values["first_k_dense_replace"] = min(shape.first_k_dense_replace, layers - 1)
     return ModelConfig.model_validate(values)
 
 
