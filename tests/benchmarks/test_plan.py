@@ -4,12 +4,15 @@ import pytest
 
 from benchmarks import plan
 from benchmarks.plan import CASES, FAST, Outcome, compare, judge, sections
+from groundup.base.machine import has_fast_bf16
 from groundup.train.footprint import Footprint
 
 
 @pytest.mark.costly
 @pytest.mark.parametrize("number", FAST)
 def test_a_recipe_takes_the_memory_that_was_planned(number):
+    if sections(number)[1].precision == "bf16" and not has_fast_bf16():
+        pytest.skip("bf16 products are emulated here: minutes a step")
     outcome = compare(number, rounds=0)
     assert outcome.plan.process > 100e6 and outcome.measured > outcome.plan.process
     assert abs(outcome.memory_error) <= 0.10, outcome.line()

@@ -43,6 +43,7 @@ def test_two_parts_of_rows_equal_the_whole(on_two_ranks, changes, maker, kind):
     check_equal(on_two_ranks(WORK, "compare", {"context": 2}, changes, maker, kind), 24)
 
 
+@pytest.mark.slow
 def test_a_compiled_block_gathers_without_a_break(on_two_ranks):
     check_equal(on_two_ranks(WORK, "compare", {"context": 2}, {}, "sdpa", "none", [], True), 24)
 

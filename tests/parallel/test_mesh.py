@@ -2,6 +2,7 @@
 
 from itertools import product
 from math import prod
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from groundup.model.config import ModelConfig
 from groundup.parallel.config import DIMS, ParallelConfig
 from groundup.parallel.mesh import ROW_DIMS, Mesh, check_mesh, degrees_of
 
+WORK = Path(__file__).with_name("work_of_ranks.py")
 SHAPE = ModelConfig(
     vocab_size=96,
     hidden_size=32,
@@ -78,3 +80,11 @@ def test_adapters_are_not_cut(dim):
     check_mesh(Mesh({"data_shard": 2}).degrees, SHAPE, row_length=64, has_adapter=True)
     with pytest.raises(ConfigError, match="whole layers"):
         check_mesh(Mesh({dim: 2}).degrees, SHAPE, row_length=64, has_adapter=True)
+
+
+@pytest.mark.costly
+def test_equal_meshes_share_their_groups(on_four_ranks):
+    """Each group of gloo is threads that wake all the time: 300 of them took the machine from the ranks."""
+    for answer in on_four_ranks(WORK, "groups_of_equal_meshes"):
+        first, *later = answer["value"]
+        assert first and later == [first] * 3

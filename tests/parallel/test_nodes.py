@@ -146,6 +146,7 @@ def test_two_nodes_train_one_run_and_begin_again_when_a_rank_is_lost(recipe, tmp
     assert summary["num_parameters"] > 0 and "2 ranks" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_the_cause_is_the_last_line_and_its_code_the_exit_code(recipe, tmp_path):
     (code, said), (other, also) = on_two_nodes(tmp_path, "--max-restarts", "0", "--corpus.source", "nowhere.txt")

@@ -29,6 +29,8 @@ EXPERTS = DENSE | {
     "router_aux_loss_coef": 0.01,
     "router_aux_loss_scope": "row",
 }
+RARE = {"tensor 2, muon", "tensor 2, bf16", "pipeline 2, muon", "pipeline 2, bf16", "data_shard 2 × tensor 2, muon"}
+"""Second and third of a kind: only in the long tests."""
 FAULTS = Path(__file__).with_name("faulty_spread.py")
 
 
@@ -36,18 +38,26 @@ def shape_of(values):
     return ModelConfig(**values).model_dump(mode="json")
 
 
+def cases_of(num_ranks):
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.name in RARE else [])
+        for case in CASES
+        if case.num_ranks == num_ranks
+    ]
+
+
 def shape_for(case):
     return shape_of(EXPERTS if case.needs_experts else DENSE)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.num_ranks == 2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(2))
 def test_two_ranks_are_one_process(on_two_ranks, case):
     result = judge(case, on_two_ranks, shape_for(case))
     assert result.verdict == "PASS", result.line()
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("case", [case for case in CASES if case.num_ranks == 4], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_of(4))
 def test_four_ranks_are_one_process(on_four_ranks, case):
     result = judge(case, on_four_ranks, shape_for(case))
     assert result.verdict == "PASS", result.line()

@@ -1,9 +1,12 @@
 """What the tests of the world let two ranks do."""
 
+from pathlib import Path
+
 import torch
 
 from groundup.parallel import world as rooms
 from groundup.parallel.checks import refuse_divergence, refuse_mismatch
+from groundup.parallel.mesh import Mesh
 
 
 def say(world, values):
@@ -42,3 +45,13 @@ def compare_weights(world, flipped):
         weights[flipped].view(torch.int32)[1, 2] ^= 1
     refuse_divergence(world, 300, weights)
     return "same"
+
+
+def groups_of_equal_meshes(world):
+    """Threads that wait on sockets, after one mesh and after three more with its degrees."""
+    counts = []
+    for _ in range(4):
+        Mesh({"data_shard": world.size // 2, "tensor": 2}, rank=world.rank).devices  # noqa: B018
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        counts.append(sum("gloo" in name for name in names))
+    return counts

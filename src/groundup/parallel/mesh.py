@@ -68,10 +68,12 @@ class Mesh:
 
     @cached_property
     def devices(self) -> "DeviceMesh":
-        """torch's mesh, with every dimension. Collective when first asked for."""
-        from torch.distributed.device_mesh import init_device_mesh
+        """torch's mesh of the dimensions with more than one rank. Collective where no equal mesh was made before."""
+        import torch.distributed as dist
 
-        return init_device_mesh(self.device_type, tuple(self.degrees[dim] for dim in DIMS), mesh_dim_names=tuple(DIMS))
+        return _device_mesh(
+            dist.group.WORLD, self.device_type, tuple(dim for dim in DIMS if self.has(dim)), self.degrees
+        )
 
     def along(self, *dims: Dim) -> "DeviceMesh":
         """torch's mesh of some dimensions, through this rank."""
@@ -90,6 +92,26 @@ class Mesh:
         if not self.is_sharded:
             return ""
         return " × ".join(f"{dim} {degree}" for dim, degree in self.degrees.items() if degree > 1)
+
+
+_made: dict[tuple[object, ...], "DeviceMesh"] = {}
+"""Meshes of this process. Each of gloo's groups keeps a thread that wakes a hundred times a second for as long as the
+process lives: three hundred groups took a whole core."""
+
+
+def _device_mesh(
+    world: "dist.ProcessGroup | None", device_type: str, dims: tuple[Dim, ...], degrees: Mapping[Dim, int]
+) -> "DeviceMesh":
+    """The one mesh of these degrees over this process group."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    sizes = tuple(degrees[dim] for dim in dims)
+    for stale in [key for key in _made if key[0] is not world]:
+        del _made[stale]
+    key = (world, device_type, dims, sizes)
+    if key not in _made:
+        _made[key] = init_device_mesh(device_type, sizes, mesh_dim_names=tuple(dims))
+    return _made[key]
 
 
 def degrees_of(config: ParallelConfig, num_ranks: int) -> dict[Dim, int]:
