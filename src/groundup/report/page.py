@@ -18,6 +18,8 @@ from groundup.report.diagnosis.rules import RULES, diagnose
 from groundup.report.read import CorpusRecord, Event, Example, RunRecord, Sample, StageRecord, is_number, read_run
 
 TITLES = {"pretrain": "Pretraining", "sft": "Fine-tuning on chats", "lora": "Adapter (LoRA)"}
+CHAT_STAGES = ("sft", "lora")
+"""Stages whose samples are answers, not texts that go on."""
 MAX_SAMPLES, MAX_EXAMPLES, MAX_EVENTS, MAX_CHARACTERS = 8, 12, 40, 800
 JOINERS = "\u200c\u200d"
 
@@ -185,6 +187,7 @@ def _stage_panels(stage: StageRecord) -> dict[str, Any]:
     return {
         "name": stage.name,
         "title": TITLES[stage.name],
+        "is_chat": stage.name in CHAT_STAGES,
         "state": "" if stage.is_finished else f"at work, step {numbers.whole(stage.num_steps)}",
         "note": str(stage.summary.get("note", "")),
         "foretold": foretold_words(stage),
