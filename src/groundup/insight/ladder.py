@@ -15,8 +15,8 @@ from groundup.optim.schedules import warmup_steps_of
 from groundup.parallel.config import ParallelConfig
 from groundup.stages.config import PretrainConfig
 from groundup.stages.recipe import Recipe
-from groundup.train.footprint import num_parameters
 from groundup.train.pace import Pace, measure_pace
+from groundup.train.weight_shapes import num_parameters
 
 PATTERN = (
     *((0.0, 3.0), (1.0, 2.0), (1.5, 1.5), (2.0, 1.0), (3.0, 0.0)),

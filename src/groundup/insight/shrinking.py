@@ -3,7 +3,7 @@
 import math
 
 from groundup.model.config import ModelConfig
-from groundup.train.footprint import num_parameters
+from groundup.train.weight_shapes import num_parameters
 
 SMALLEST_WIDTH = 16
 NARROW = 128

@@ -15,8 +15,8 @@ from groundup.model.config import ModelConfig
 from groundup.stages.recipe import Recipe
 from groundup.stages.run import run_stages
 from groundup.stages.work import Work
-from groundup.train.footprint import num_parameters
 from groundup.train.pace import seconds_a_step
+from groundup.train.weight_shapes import num_parameters
 
 SWEEP, FILE = "sweep", "vocabularies.json"
 STAGES = ("clean", "tokenizer", "tokenize", "pretrain", "eval pretrain")
