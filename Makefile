@@ -11,7 +11,8 @@ quickstart: $(STAMP)  ## raw text in, a chatting model out
 test: $(STAMP)  ## every test but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
 
-test-long: $(STAMP)  ## every test, and the trials whose rows go to docs/reliability.md; again = go on
+test-long: $(STAMP)  ## every test, DeepSpeed's too, and the trials whose rows go to docs/reliability.md; again = go on
+	$(BIN)/python -m pip install --quiet --editable ".[deepspeed]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## what stands before every commit: style, types, layers, unit tests

@@ -138,7 +138,7 @@ STAGE_COMMANDS = {
 }
 
 
-WORKING_COMMANDS = {*STAGE_COMMANDS, "run", "quickstart", "eval", "merge"}
+WORKING_COMMANDS = {*STAGE_COMMANDS, "run", "quickstart", "eval", "merge", "scale", "sweep"}
 """Commands that a signal asks to stop, so that the same command goes on."""
 
 
@@ -306,6 +306,62 @@ def plan(
         memory_bytes=None if memory is None else parse_bytes(memory),
         prices=Prices(watts, price_per_hour),
     )
+
+
+@app.command
+def scale(
+    recipe: str,
+    *settings: Overrides,
+    time: str = "20m",
+    budget: str | None = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Run a ladder of small runs of a recipe, fit the law of its text, and foretell the full run; again = continue.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    time
+        What the ladder may take on this machine: 90s, 20m, 3h.
+    budget
+        Operations, such as 1e15FLOPs, that the best size is told for; the recipe's own where it is not given.
+    """
+    work = _work(recipe, settings, runs_dir)
+    from groundup.insight.budget import parse_time
+    from groundup.insight.scale import scale_recipe
+
+    scale_recipe(work, parse_time(time), budget=budget)
+
+
+sweep_app = App(name="sweep", help="The same recipe with other choices, compared at equal operations.")
+app.command(sweep_app)
+
+
+@sweep_app.command(name="tokenizer")
+def sweep_tokenizer(
+    recipe: str,
+    *settings: Overrides,
+    sizes: str = "1024,2048,4096",
+    time: str | None = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Train a recipe with vocabularies of several sizes, each with the same operations; again = continue.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, a run's folder, or the name of a recipe that ships with groundup.
+    sizes
+        Sizes of the vocabulary, with commas between them.
+    time
+        What all of it may take on this machine, such as 20m; left out, every run has the recipe's own operations.
+    """
+    work = _work(recipe, settings, runs_dir)
+    from groundup.insight.budget import parse_time
+    from groundup.insight.sweep import sweep_vocabularies
+
+    sweep_vocabularies(work, sizes, seconds=None if time is None else parse_time(time))
 
 
 @app.command

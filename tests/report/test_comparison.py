@@ -1,18 +1,14 @@
-"""Several runs on one page: over each other, by a switch that needs no script, small, looked at in a browser."""
+"""Several runs on one page: over each other, by a switch that needs no script, small."""
 
 import json
 import re
 import shutil
-import struct
-import subprocess
-import zlib
 
 import pytest
 from report.test_page import Outline
 
 from groundup.cli import main
 from groundup.report.comparison import AXES, differences, write_comparison
-from groundup.report.page import write_report
 from groundup.report.read import read_run
 
 pytestmark = pytest.mark.costly
@@ -63,43 +59,3 @@ def test_many_runs_stay_small(two_runs, tmp_path):
 def test_command_writes_where_it_is_told(two_runs, tmp_path, capsys):
     main(["report", *map(str, two_runs), "--to", str(tmp_path / "c.html")])
     assert "c.html" in capsys.readouterr().out and (tmp_path / "c.html").exists()
-
-
-def pixels(png):
-    """(width, rows of bytes) of a PNG of 8 bits a channel, filters undone only as far as colours need: none."""
-    data, at, size = b"", 8, (0, 0)
-    while at < len(png):
-        length, kind = struct.unpack(">I4s", png[at : at + 8])
-        body = png[at + 8 : at + 8 + length]
-        if kind == b"IHDR":
-            size = struct.unpack(">II", body[:8])
-        data += body if kind == b"IDAT" else b""
-        at += 12 + length
-    return size, zlib.decompress(data)
-
-
-@pytest.mark.parametrize(("kind", "width"), [("desktop", 1200), ("phone", 390)])
-def test_pages_are_drawn_by_a_browser(kind, width, finished_run, page, tmp_path):
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no `chromium` on the path: the pages are not looked at")
-    (tmp_path / "two.html").write_text(page)
-    write_report(finished_run, tmp_path / "one.html")
-    for name in ("one", "two"):
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-        picture = tmp_path / f"{name}.png"
-        subprocess.run(
-            [
-                browser,
-                *options,
-                f"--window-size={width},2400",
-                f"--screenshot={picture}",
-                (tmp_path / f"{name}.html").as_uri(),
-            ],
-            check=True,
-            capture_output=True,
-            timeout=90,
-        )
-        size, drawn = pixels(picture.read_bytes())
-        assert size == (width, 2400)
-        assert len(set(drawn[len(drawn) // 3 :: 97])) > 20, "an empty page"

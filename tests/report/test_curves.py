@@ -79,6 +79,19 @@ def test_charts_without_values_are_left_out(finished_run):
     assert titles == ["Loss", "Perplexity", "Bits per byte", "Learning rate", "Gradient norm", "Memory", "Speed"]
 
 
+def test_curves_that_lie_on_each_other_are_one_line(finished_run):
+    stage, same, other = read_run(finished_run).stages[0], Points((1, 2), (0.1, 0.2)), Points((1, 2), (0.3, 0.1))
+    stage = replace(stage, lr={"matrices": other, "embeddings": same, "vectors": same})
+    rates = next(chart for chart in stage_charts(stage) if chart.title == "Learning rate")
+    assert [line.label for line in rates.lines] == ["matrices", "embeddings, vectors"]
+
+
+def test_axis_of_an_amount_begins_at_zero():
+    points = Points((1, 2, 3), (700.0, 720.0, 710.0))
+    assert ">0<" in draw(replace(chart(points), from_zero=True)).partition("step")[2]
+    assert ">0<" not in draw(chart(points)).partition("step")[2]
+
+
 def test_events_are_marked_on_the_loss(finished_run):
     loss = stage_charts(read_run(finished_run).stages[0])[0]
     assert loss.marks == (30, 60)

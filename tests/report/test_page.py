@@ -101,6 +101,11 @@ def test_all_panels_are_there(page):
         assert text in page, text
 
 
+def test_a_text_goes_on_where_its_prompt_ends_and_an_answer_has_a_line_of_its_own(page):
+    text, chats = page.split('id="sft"')
+    assert "<b>import </b>os" in text and "<b>import </b><br>os" in chats.split('id="recipe"')[0]
+
+
 def test_what_a_model_writes_is_shown_as_text(page):
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;amp;" in page
     assert "<script" not in page

@@ -1,6 +1,8 @@
 """Commands on two ranks: the same bits again, after a lost rank, and under torchrun."""
 
 import hashlib
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -86,6 +88,52 @@ def test_a_killed_rank_is_named_and_the_end_has_the_bits_of_an_unbroken_run(rank
     assert "W-RESTART: E-RANK-LOST: rank 1 (pid " in said.err and ") signal 9 at step 4." in said.err
     assert "goes on from step 4 of 6" in said.out
     assert ranks.bits("runs") == unbroken
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install groundup[deepspeed]"
+)
+SHARDED = {
+    "fsdp": ["--parallel.data_shard", "2"],
+    "zero1": ["--parallel.data_shard", "2", "--parallel.engine", "deepspeed", "--parallel.shard", "optimizer"],
+    "zero3": ["--parallel.data_shard", "2", "--parallel.engine", "deepspeed"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [pytest.param(how, marks=() if how == "fsdp" else needs_deepspeed) for how in SHARDED])
+def test_a_killed_rank_of_shards_is_named_and_the_end_is_that_of_an_unbroken_run(ranks, how):
+    """Both hold parts of every weight: what the one saved is worth nothing without what the other did."""
+    settings = [*SHARDED[how], "--pretrain.optimizer", "adamw"]
+    assert (said := ranks.run("whole", *settings, data="")).code == 0 and not said.err, said
+    said = ranks.run("runs", *settings, failpoint="comm.pre:kill:5:1", data="")
+    assert said.code == 0 and "W-RESTART: E-RANK-LOST: rank 1 (pid " in said.err, said
+    assert ranks.bits("runs") == ranks.bits("whole")
+    process = ranks.start("late", *settings, "--parallel.max_restarts", "0", failpoint="run.validate:slow:1", data="")
+    metrics = ranks.folder / "late" / "tiny" / ".attempts" / "pretrain" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    began = time.monotonic()
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 6 and "E-RANK-LOST: rank 1" in err and time.monotonic() - began < 5
+    assert ranks.run("late", *settings, data="").code == 0
+    assert ranks.bits("late") == ranks.bits("whole")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_deepspeed_alone_on_one_rank(ranks):
+    """Its offload is for one GPU too."""
+    settings = ["--pretrain.optimizer", "adamw"]
+    zero = ["--parallel.engine", "deepspeed", "--parallel.cpu_offload", "true"]
+    said = ranks.run("zero", *settings, *zero, data="")
+    assert said.code == 0 and not said.err, said
+    assert ranks.run("plain", *settings, data="1").code == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (ranks.folder / name / "tiny" / "pretrain" / "metrics.jsonl").open()]
+        for name in ("zero", "plain")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -81,10 +81,11 @@ class SameFewRows:
         return self.rows.row(index % 4)
 
 
-def train(world, folder, combination):
+def train(world, folder, combination, parallel=None):
     """Losses of six steps, and the hash of the weights that came out."""
     config, shape = config_of(combination)
-    world.spread(ParallelConfig(data_replicate=-1, **{dim: world.size for dim in SPREAD if combination[dim] == ON}))
+    spread = {dim: world.size for dim in SPREAD if combination[dim] == ON}
+    world.spread(ParallelConfig(**spread | (parallel or {})))
     model = CausalLM(shape)
     model.initialize(torch.Generator().manual_seed(0))
     if config.adapter == "qlora":

@@ -22,7 +22,11 @@ from groundup.train.config import TrainConfig
 
 pytestmark = pytest.mark.costly
 
-ON_A_CPU = AXES | {"device": ("cpu",), "ranks": ("one",), "compile": ("off",)} | dict.fromkeys(SPREAD, ("off",))
+ON_A_CPU = (
+    AXES
+    | {"device": ("cpu",), "ranks": ("one",), "compile": ("off",), "engine": ("torch",)}
+    | dict.fromkeys(SPREAD, ("off",))
+)
 FAST = ON_A_CPU | {
     "init_lora_weights": ("default", "gaussian", "pissa"),
     "adamw_8bit_maker": ("torchao", "bitsandbytes"),

@@ -18,9 +18,11 @@ class AdapterConfig(Config):
     """none trains every weight; lora trains low-rank additions (Hu et al., arXiv:2106.09685); qlora does so on a base
     frozen in 4 bits (Dettmers et al., arXiv:2305.14314)."""
     lora_rank: PositiveInt = 8
+    """Rank of the additions: columns of one factor, rows of the other."""
     lora_alpha: PositiveFloat = 16.0
     """The addition is scaled by alpha / rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is set to 0 in training."""
     lora_targets: tuple[str, ...] = ("*",)
     """Linear layers of the blocks that get an adapter: last parts of their names (q_proj) or patterns over whole names
     (model.layers.1?.mlp.*); a head or a router never does."""

@@ -11,8 +11,8 @@ _PATTERN = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-z]+)\s*")
 
 
 def _check(value: Any) -> Any:
-    if isinstance(value, str):
-        parse(value)
+    if value is not None:
+        parse(str(value))  # a number alone is told what it lacks
     return value
 
 

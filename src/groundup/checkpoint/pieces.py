@@ -1,12 +1,14 @@
 """Tensors that several ranks wrote, each its pieces: what lies where, and reading any other cut of them.
 
 `layout.json` of such a checkpoint has, by group and tensor, the shape of the whole and its pieces: file, first index,
-shape. A checkpoint without one holds whole tensors. What cannot be cut otherwise than it was written (8-bit codes, whose
+shape. A checkpoint without one holds whole tensors. A run of a tensor's elements is a piece of it laid out in one dimension,
+and pieces of both kinds are read as either. What cannot be cut otherwise than it was written (8-bit codes, whose
 scales belong to blocks of the piece) is marked so, and is read as it stands or refused.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -137,6 +139,8 @@ class SavedGroup:
         for file, piece in written:
             if piece == wanted:
                 return self._file(file)[key]
+        if _is_laid_out_otherwise(tuple(entry["whole"]), wanted.whole) and entry["can_be_cut"]:
+            return self._laid_out(key, entry, wanted)
         if not entry["can_be_cut"] or tuple(entry["whole"]) != wanted.whole:
             raise CheckpointError(
                 "E-CKPT-RESHARD",
@@ -164,3 +168,23 @@ class SavedGroup:
                 next="begin again with `--restart`",
             )
         return torch.empty(wanted.shape) if result is None else result
+
+    def _laid_out(self, key: str, entry: Mapping[str, Any], wanted: Piece) -> Tensor:
+        """A box out of runs of elements, or a run out of boxes: by whole rows of which the one is a part."""
+        whole = tuple(entry["whole"])
+        if len(whole) == 1:
+            row = prod(wanted.whole[1:])
+            run = Piece(whole, (wanted.begin[0] * row,), (wanted.shape[0] * row,))
+            rows = self._assembled(key, entry, run).view(wanted.shape[0], *wanted.whole[1:])
+            inner = zip(wanted.begin[1:], wanted.shape[1:], strict=True)
+            return rows[(slice(None), *(slice(at, at + size) for at, size in inner))]
+        row, begin, end = prod(whole[1:]), wanted.begin[0], wanted.begin[0] + wanted.shape[0]
+        first, last = begin // row, -(-end // row)
+        rest = [0] * (len(whole) - 1)
+        rows = self._assembled(key, entry, Piece(whole, (first, *rest), (last - first, *whole[1:])))
+        return rows.reshape(-1)[begin - first * row : end - first * row]
+
+
+def _is_laid_out_otherwise(whole: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether one of two shapes of a tensor is the other laid out in one dimension."""
+    return whole != wanted and 1 in (len(whole), len(wanted)) and prod(whole) == prod(wanted)

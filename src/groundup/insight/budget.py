@@ -62,6 +62,14 @@ def parse_budget(text: str) -> Budget:
     raise ConfigError("E-CLI", what=f"{text!r} is no budget", next="write it as 2h, 90min, 3d, 1e18FLOPs or 50USD")
 
 
+def parse_time(text: str) -> float:
+    """Seconds of a time such as `20m` or `2h`. Raises ConfigError."""
+    seconds = parse_budget(text).seconds
+    if seconds is None:
+        raise ConfigError("E-CLI", what=f"{text!r} is no time", next="write it as 90s, 20m or 3h")
+    return seconds
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A shape and what the budget lets it read."""
@@ -80,6 +88,11 @@ class Candidate:
     @property
     def tokens_a_parameter(self) -> float:
         return self.tokens / self.parameters
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The law's loss whatever the vocabulary: of the text that the laws were fitted on."""
+        return self.loss / math.log(2) / LAW_BYTES_A_TOKEN
 
 
 @dataclass(frozen=True)
@@ -101,10 +114,12 @@ class Question:
         return Question(lambda shape: factor * self.flops_of(shape), self.text_bytes)
 
 
-def candidate(question: Question, rung: tuple[int, int], vocabulary: int, *, factor: float = 1.0) -> Candidate:
+def candidate(
+    question: Question, rung: tuple[int, int], vocabulary: int, *, factor: float = 1.0, row_length: int = ROW_LENGTH
+) -> Candidate:
     """A rung with a vocabulary, trained on `factor` times the tokens that the budget buys."""
     shape = shape_of(*rung, vocabulary)
-    per_token = flops_a_token(shape, ROW_LENGTH)
+    per_token = flops_a_token(shape, row_length)
     tokens = factor * question.flops_of(shape) / per_token
     parameters, a_token = num_parameters(shape), bytes_a_token(vocabulary)
     seen, unique = tokens * a_token / LAW_BYTES_A_TOKEN, question.text_bytes / LAW_BYTES_A_TOKEN

@@ -89,10 +89,18 @@ def budget_lines(text: str, question: Question) -> Iterator[str]:
     for paragraph in (_reason(question, found), _next(question, found), _use(question, best)):
         yield from textwrap.wrap(paragraph, WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
-    yield from _vocabularies(question, best)
-    yield "  (› by the law for vocabularies, Tao et al. 2024; least by bytes read alone)"
+    yield from _vocabularies(question, best, found)
+    marks = (
+        "(› by the law for vocabularies, Tao et al. 2024; * the least of a width, by parameters and bytes read alone.)"
+    )
+    yield from textwrap.wrap(marks, WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
-    yield from _rows(best)
+    yield from _rows(question, best)
+    note = (
+        "(Attention's share of the operations, and what is read for the rest: what longer rows teach of far words is in no "
+        f"law. The tables above count with rows of {ROW_LENGTH}.)"
+    )
+    yield from textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
     source = (
         "Besiroglu et al. 2024 (the replication of Chinchilla's law)"
@@ -154,23 +162,30 @@ def _use(question: Question, best: Candidate) -> str:
     )
 
 
-def _vocabularies(question: Question, best: Candidate) -> Iterator[str]:
-    yield "  vocabulary  of the parameters  of the operations  bytes a token    loss"
-    rung = (best.hidden, best.layers)
-    rows = [candidate(question, rung, size) for size in BYTES_A_TOKEN]
-    least = min(row.loss for row in rows)
-    for row in rows:
-        shape = shape_of(*rung, row.vocabulary)
-        share = row.vocabulary * row.hidden / num_parameters(shape)
-        mark = "›" if row.vocabulary == best.vocabulary else " "
+def _vocabularies(question: Question, best: Candidate, found: list[Candidate]) -> Iterator[str]:
+    """Each size's shares at the best width, and its bits per byte at that width and those beside it."""
+    number = found.index(best)
+    widths = [(row.hidden, row.layers) for row in found[max(0, number - 1) : number + 2]]
+    yield "                 share at the best width              bits per byte at width"
+    yield (
+        "  vocabulary  of parameters  of operations  bytes a token" + "".join(f"  {hidden:>5,}" for hidden, _ in widths)
+    )
+    table = {size: [candidate(question, rung, size).bits_per_byte for rung in widths] for size in BYTES_A_TOKEN}
+    least = [min(column) for column in zip(*table.values(), strict=True)]
+    for size, row in table.items():
+        shape = shape_of(best.hidden, best.layers, size)
+        share = size * best.hidden / num_parameters(shape)
+        cells = [f"  {'*' if one == low else ' '}{one:.3f}"[-7:] for one, low in zip(row, least, strict=True)]
         yield (
-            f"  {mark} {row.vocabulary:>8,}  {100 * share:>15.0f} %  {100 * head_share(shape):>15.0f} %  "
-            f"{bytes_a_token(row.vocabulary):>13.1f}  {row.loss:>6.3f}{'  least' if row.loss == least else ''}"
+            f"  {'›' if size == best.vocabulary else ' '} {size:>8,}  {100 * share:>11.0f} %  "
+            f"{100 * head_share(shape):>11.0f} %  {bytes_a_token(size):>13.1f}{''.join(cells)}"
         )
 
 
-def _rows(best: Candidate) -> Iterator[str]:
+def _rows(question: Question, best: Candidate) -> Iterator[str]:
     shape = shape_of(best.hidden, best.layers, best.vocabulary)
-    yield "  row length  " + "  ".join(f"{length:>6,}" for length in ROW_LENGTHS)
-    yield "  attention   " + "  ".join(f"{100 * attention_share(shape, length):>4.0f} %" for length in ROW_LENGTHS)
-    yield f"  (of the operations of training; the table above counts with rows of {ROW_LENGTH})"
+    rung = (best.hidden, best.layers)
+    read = [candidate(question, rung, best.vocabulary, row_length=length).bits_per_byte for length in ROW_LENGTHS]
+    yield "  row length     " + "  ".join(f"{length:>6,}" for length in ROW_LENGTHS)
+    yield "  attention      " + "  ".join(f"{100 * attention_share(shape, length):>4.0f} %" for length in ROW_LENGTHS)
+    yield "  bits per byte  " + "  ".join(f"{figure:>6.3f}" for figure in read)

@@ -148,7 +148,8 @@ class CausalLM(nn.Module):
         asked for as of the decoder, hidden states unless it has the last layer.
         """
         routings: list[Routing] = []
-        h_BTD = self.model(tokens_BT, segments, routings, x_BTD=x_BTD, layers=layers)
+        # by name: hooks that rebuild positional arguments, as DeepSpeed's, would fill a copy of the list
+        h_BTD = self.model(tokens_BT, segments, routings=routings, x_BTD=x_BTD, layers=layers)
         if layers is not None and layers.stop < self.config.num_hidden_layers:
             return Hidden(h_BTD, self._load(routings, labels_BT, segments) if routings else None)
         sums = linear_cross_entropy(

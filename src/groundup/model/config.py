@@ -22,9 +22,13 @@ class ModelConfig(Config):
     experts: qwen3_moe is qwen3, mixtral is llama; dots1 is qwen3 with experts as in DeepSeek-V3: sigmoid scores, a bias
     that balances the load, experts that every token shares."""
     hidden_size: PositiveInt
+    """Width: numbers that stand for a token between the layers."""
     intermediate_size: PositiveInt
+    """Width inside an MLP."""
     num_hidden_layers: PositiveInt
+    """Blocks, each attention and an MLP."""
     num_attention_heads: PositiveInt
+    """Query heads of a layer."""
     num_key_value_heads: PositiveInt
     """Key/value heads; fewer than num_attention_heads gives grouped queries (arXiv:2305.13245)."""
     head_dim: PositiveInt | None = None
@@ -32,17 +36,22 @@ class ModelConfig(Config):
     vocab_size: PositiveInt | Literal["auto"] = "auto"
     """Rows of the embedding; auto takes the tokenizer's size."""
     max_position_embeddings: PositiveInt = 2048
+    """Longest text that the model is made for, in tokens."""
     rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary frequencies (Su et al., arXiv:2104.09864)."""
     rope_parameters: RopeParameters = RopeParameters()
     rms_norm_eps: PositiveFloat = 1e-6
+    """What a norm adds to the mean square before the root."""
     attention_bias: bool = False
     """Biases on q, k, v and o; qwen2 has those on q, k and v whatever stands here."""
     tie_word_embeddings: bool = True
+    """Whether the head's weights are the embedding's."""
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 × layers)."""
     num_experts: PositiveInt | None = None
     """Experts of a layer, of which a token is given to num_experts_per_tok (Shazeer et al., arXiv:1701.06538)."""
     num_experts_per_tok: PositiveInt | None = None
+    """Experts that a token is given to."""
     moe_intermediate_size: PositiveInt | None = None
     """MLP size of one expert; mixtral takes intermediate_size."""
     norm_topk_prob: bool = True

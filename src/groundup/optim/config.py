@@ -53,6 +53,7 @@ class OptimConfig(Config):
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Shares of the running means of gradient and squared gradient that AdamW keeps at each step."""
     eps: PositiveFloat = 1e-8
+    """What AdamW adds to the root of the squared gradient's mean."""
     weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices: a step shrinks them by lr × weight_decay. sgd adds it to the gradient instead."""
     decay_embeddings: bool = False
@@ -62,6 +63,7 @@ class OptimConfig(Config):
     muon_weight_decay: NonNegativeFloat = 0.0
     """Decay of Muon's matrices: a step shrinks them by muon_lr × muon_weight_decay."""
     muon_momentum: Share = 0.95
+    """Share of the running mean of gradients that Muon keeps at each step."""
     sgd_momentum: Share = 0.9
     """Share of the running sum of gradients that sgd keeps at each step; 0 keeps none."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"

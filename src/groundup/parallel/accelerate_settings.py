@@ -6,7 +6,7 @@ from groundup.base.errors import ConfigError
 
 _ENGINES = {
     "ACCELERATE_USE_FSDP": "set parallel.data_shard in the recipe",
-    "ACCELERATE_USE_DEEPSPEED": "set parallel.data_shard in the recipe",
+    "ACCELERATE_USE_DEEPSPEED": "set parallel.engine: deepspeed and parallel.data_shard in the recipe",
     "ACCELERATE_USE_MEGATRON_LM": "set parallel.tensor in the recipe",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "set the degrees of parallel: in the recipe",
 }

@@ -60,7 +60,7 @@ def apply(
         for block in model.model.layers:
             # each shape for itself: kernels for any shape would depend on which one came first, and so would the bits
             block.compile(dynamic=False)
-    if world is not None and mesh.has("data_shard"):
+    if world is not None and mesh.has("data_shard") and not mesh.zero_stage:  # DeepSpeed's engine shards by itself
         from groundup.parallel.sharding import shard_parameters
 
         shard_parameters(model, mesh, world.parallel, dtype=dtype)

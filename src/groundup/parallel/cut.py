@@ -33,7 +33,7 @@ class Spread:
     expert: int = 1
     context: int = 1
     tensor: int = 1
-    shard: Literal["gradients", "parameters"] = "parameters"
+    shard: Literal["optimizer", "gradients", "parameters"] = "parameters"
     schedule: Schedule = "1f1b"
     cpu_offload: bool = False
     place: int = 0

@@ -25,9 +25,18 @@ class Mesh:
     Without degrees: one rank, the same path.
     """
 
-    def __init__(self, degrees: Mapping[Dim, int] | None = None, *, rank: int = 0, device_type: str = "cpu") -> None:
+    def __init__(
+        self,
+        degrees: Mapping[Dim, int] | None = None,
+        *,
+        rank: int = 0,
+        device_type: str = "cpu",
+        zero_stage: int = 0,
+    ) -> None:
         self.degrees: dict[Dim, int] = dict.fromkeys(DIMS, 1) | dict(degrees or {})
         self.rank, self.device_type = rank, device_type
+        self.zero_stage = zero_stage
+        """Of DeepSpeed; 0 where torch's own parts hold the model."""
         self.coordinates: dict[Dim, int] = {}
         for dim in reversed(DIMS):
             rank, self.coordinates[dim] = divmod(rank, self.degrees[dim])
@@ -39,8 +48,8 @@ class Mesh:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether some rank holds less than the whole model."""
-        return self.size > self.degrees["data_replicate"]
+        """Whether some rank holds less than the whole model, or DeepSpeed holds it."""
+        return self.size > self.degrees["data_replicate"] or self.zero_stage > 0
 
     def has(self, dim: Dim) -> bool:
         """Whether a dimension has more than one rank."""
@@ -91,7 +100,8 @@ class Mesh:
         """How ranks share the model, in words: `data_shard 2 × tensor 2`; empty where each holds the whole."""
         if not self.is_sharded:
             return ""
-        return " × ".join(f"{dim} {degree}" for dim, degree in self.degrees.items() if degree > 1)
+        engine = [f"deepspeed zero{self.zero_stage}"] if self.zero_stage else []
+        return " × ".join([*engine, *(f"{dim} {degree}" for dim, degree in self.degrees.items() if degree > 1)])
 
 
 _made: dict[tuple[object, ...], "DeviceMesh"] = {}
@@ -119,10 +129,16 @@ def degrees_of(config: ParallelConfig, num_ranks: int) -> dict[Dim, int]:
     degrees = config.degrees
     rest = [dim for dim, degree in degrees.items() if degree == REST]
     fixed = config.num_ranks
-    if rest and num_ranks % fixed == 0:
-        return degrees | {rest[0]: num_ranks // fixed}
-    if fixed == num_ranks and not rest:
-        return degrees
+    if (rest and num_ranks % fixed == 0) or fixed == num_ranks:
+        found = degrees | dict.fromkeys(rest, num_ranks // fixed)
+        if config.zero_stage and found["data_replicate"] > 1:
+            raise _cannot(
+                "data_replicate",
+                found["data_replicate"],
+                "DeepSpeed shards over all its ranks",
+                f"set parallel.data_shard: {num_ranks}",
+            )
+        return found
     asked = ", ".join(f"{dim} {degree}" for dim, degree in degrees.items() if degree > 1) or "no degree"
     nearest = _nearest(degrees, num_ranks)
     raise ConfigError(

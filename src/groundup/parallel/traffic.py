@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from groundup.parallel.config import DIMS
@@ -88,7 +88,7 @@ def _ranks_of(argument: Any) -> tuple[int, ...]:
     """The ranks of a group, which functional messages give by its name and the others as an object; none of other arguments."""
     if isinstance(argument, str):
         is_name = argument.isdigit() or argument.startswith("default")
-        return _ranks(_resolve_process_group(argument)) if is_name else ()  # type: ignore[arg-type]
+        return _ranks(_resolve_process_group(GroupName(argument))) if is_name else ()
     if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
         return _ranks(dist.ProcessGroup.unbox(argument))
     return ()

@@ -46,7 +46,9 @@ class World:
         """Spread the ranks as a recipe's section says. Raises ConfigError where its degrees do not make so many."""
         device_type = "cuda" if self.size > 1 and self._has_cuda() else "cpu"
         self.parallel = config
-        self.mesh = Mesh(degrees_of(config, self.size), rank=self.rank, device_type=device_type)
+        self.mesh = Mesh(
+            degrees_of(config, self.size), rank=self.rank, device_type=device_type, zero_stage=config.zero_stage
+        )
 
     def _has_cuda(self) -> bool:
         """Whether each rank of this machine has a GPU of its own: ranks that would share one train on the CPU."""
@@ -84,14 +86,15 @@ class World:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Meet the other ranks, and part from them at the end."""
-        if self.size > 1:
+        """Meet the other ranks, and part from them at the end. DeepSpeed wants a group even of one rank."""
+        has_group = self.size > 1 or self.parallel.zero_stage > 0
+        if has_group:
             with _peers():
                 self._meet()
-            if self._reports is not None:
+            if self.size > 1 and self._reports is not None:
                 self._reports.met()
         yield
-        if self.size > 1:
+        if has_group:
             import torch.distributed as dist
 
             self.barrier()
@@ -100,10 +103,12 @@ class World:
     def _meet(self) -> None:
         import torch
         import torch.distributed as dist
-        from torch._C._distributed_c10d import TCPStore
+        from torch._C._distributed_c10d import HashStore, TCPStore
 
-        store = None
-        if LAUNCHER_PID in os.environ:
+        store: TCPStore | HashStore | None = None
+        if self.size == 1:
+            store = HashStore()
+        elif LAUNCHER_PID in os.environ:
             listening = os.environ.pop(LISTEN_FD, None)
             store = TCPStore(
                 os.environ["MASTER_ADDR"],

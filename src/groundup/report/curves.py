@@ -4,15 +4,16 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from groundup.report.numbers import short
+from groundup.report.numbers import short, ticks
 from groundup.report.read import Points, StageRecord
 
 NUM_COLOURS = 4
@@ -21,6 +22,7 @@ MARKED = ("resume", "nonfinite", "spike", "skip", "overflow", "rewind", "oom", "
 MAX_MARKS = 24
 MAX_POINTS = 240
 """Points a curve is thinned to; the page must stay small, and a screen shows no more."""
+BAND_ALPHA = 0.18
 WIDTH, HEIGHT = 5.0, 3.0
 """Inches of 72 CSS pixels: the size at which the text is as large as the page's small text, on a phone."""
 
@@ -33,7 +35,7 @@ VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "groundup",
-    "font.size": 11,
+    "font.size": 13.5,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": GRID,
@@ -57,6 +59,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Where a curve normally lies."""
+
+    label: str
+    low: Points
+    high: Points
+    colour: int
+
+
+@dataclass(frozen=True)
 class Chart:
     """Curves over the steps of a stage, or over what else grows with them."""
 
@@ -74,6 +86,9 @@ class Chart:
     axis: str = "step"
     """What the points' places are, its unit with it."""
     max_points: int = MAX_POINTS
+    band: Band | None = None
+    from_zero: bool = False
+    """Whether the axis of values begins at 0, as that of an amount should."""
 
     @property
     def legend(self) -> list[Line]:
@@ -95,9 +110,10 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         Chart(
             "Loss",
             "nats per token",
-            (*_raw_and_smoothed("train", stage.loss, 0), *losses),
+            (*_raw_and_smoothed("train", stage.loss, 0), *losses, *_foretold_lines(stage)),
             marks=marks,
             mark_words=words,
+            band=_band(stage),
         ),
         Chart(
             "Loss by source",
@@ -108,18 +124,19 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         ),
         Chart("Perplexity", "perplexity", (Line("train", train_perplexity, 0), *perplexities), has_log_axis=True),
         Chart("Bits per byte", "bits per byte", tuple(_validation_lines(stage, "bits_per_byte"))),
-        Chart(
-            "Learning rate",
-            "learning rate",
-            tuple(Line(name, points, number) for number, (name, points) in enumerate(stage.lr.items())),
-        ),
+        Chart("Learning rate", "learning rate", _told_apart(stage.lr)),
         Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, marks, words),
         Chart(
             "Busiest expert", "times the mean of its layer", _raw_and_smoothed("each step", stage.expert_imbalance, 0)
         ),
-        Chart("Memory", "GB, most so far", (Line("process", _in_gb(stage.peak_memory_bytes), 3),)),
-        Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2)),
-        Chart("Share of peak", "share of the matrix peak", _raw_and_smoothed("each step", stage.peak_fraction, 2)),
+        Chart("Memory", "GB (most so far)", (Line("process", _in_gb(stage.peak_memory_bytes), 3),), from_zero=True),
+        Chart("Speed", "tokens per second", _raw_and_smoothed("each step", stage.tokens_per_second, 2), from_zero=True),
+        Chart(
+            "Share of peak",
+            "share of the matrix peak",
+            _raw_and_smoothed("each step", stage.peak_fraction, 2),
+            from_zero=True,
+        ),
     ]
     filled = [
         replace(chart, lines=lines, num_steps=stage.num_steps)
@@ -128,6 +145,14 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
     ]
     # a single point, as of a validation at the end only, is told by a figure and needs no axes
     return [chart for chart in filled if max(len(line.points) for line in chart.lines) >= min(2, stage.num_steps)]
+
+
+def _told_apart(curves: Mapping[str, Points]) -> tuple[Line, ...]:
+    """A line for each different curve: of two that lie on each other only one would be seen."""
+    names: dict[Points, list[str]] = {}
+    for name, points in curves.items():
+        names.setdefault(points, []).append(name)
+    return tuple(Line(", ".join(same), points, number) for number, (points, same) in enumerate(names.items()))
 
 
 def _in_gb(points: Points) -> Points:
@@ -148,6 +173,18 @@ def _validation_lines(stage: StageRecord, figure: str) -> list[Line]:
         Line("validation" if len(sets) == 1 or name == "validation" else f"validation {name}", points, number)
         for number, (name, points) in enumerate(sets.items(), start=1)
     ]
+
+
+def _foretold_lines(stage: StageRecord) -> list[Line]:
+    told = stage.foretold
+    return [] if told is None else [Line("foretold", Points(told.steps, told.loss), 2, is_dashed=True)]
+
+
+def _band(stage: StageRecord) -> Band | None:
+    told = stage.foretold
+    if told is None:
+        return None
+    return Band(f"normal, {100 * told.level:.0f} %", Points(told.steps, told.low), Points(told.steps, told.high), 2)
 
 
 def smoothed(points: Points) -> Points:
@@ -192,14 +229,18 @@ def draw(chart: Chart) -> str:
                 alpha=0.35 if line.is_faint else 1.0,
                 linewidth=0.8 if line.is_faint else 1.6,
                 linestyle=(0, (4, 2)) if line.is_dashed else "-",
-                marker="o" if len(points) <= 12 and len(chart.lines) <= NUM_COLOURS else "",
+                marker="o" if len(points) <= 12 and len(chart.lines) <= NUM_COLOURS and not line.is_dashed else "",
                 markersize=3.5,
                 solid_joinstyle="round",
             )
+        if chart.band is not None:
+            low, high = chart.band.low, chart.band.high
+            colour = SERIES[chart.band.colour % NUM_COLOURS]
+            axes.fill_between(low.steps, low.values, high.values, color=colour, alpha=BAND_ALPHA, linewidth=0)
         for step in chart.marks:
             axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.set_xlabel(chart.axis)
-        axes.set_ylabel(chart.unit)
+        axes.set_ylabel(chart.unit, labelpad=6)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.margins(x=0.02, y=0.08)
@@ -207,15 +248,27 @@ def draw(chart: Chart) -> str:
             axes.set_xlim(1 - 0.02 * chart.num_steps, 1.02 * chart.num_steps)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.axis == "step"))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        if ticks := _log_ticks(chart):
+        if chart.from_zero:
+            axes.set_ylim(bottom=0)
+        if powers := _log_ticks(chart):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(FixedLocator(ticks))
+            axes.yaxis.set_major_locator(FixedLocator(powers))
             axes.yaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_major_formatter(_labels(axes.xaxis))
+        axes.yaxis.set_major_formatter(_labels(axes.yaxis))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     return _for_page(buffer.getvalue(), f"{chart.title}, {chart.unit}, over {chart.axis}")
+
+
+def _labels(axis: Axis) -> FuncFormatter:
+    """Labels that depend on each other: equal steps look equal. Those of a logarithmic axis stand alone."""
+
+    def label(value: float, _: int | None) -> str:
+        places = [] if axis.get_scale() == "log" else [float(place) for place in axis.get_majorticklocs()]
+        return dict(zip(places, ticks(places), strict=True)).get(value, short(value))
+
+    return FuncFormatter(label)
 
 
 def _log_ticks(chart: Chart) -> list[float]:

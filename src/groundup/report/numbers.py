@@ -1,6 +1,7 @@
 """Numbers as people read them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 THOUSANDS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -16,6 +17,30 @@ def short(value: float) -> str:
         return f"{value:.3g}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def ticks(values: Sequence[float]) -> list[str]:
+    """Labels of an axis: as `short` where that tells its ticks apart as they are, else one unit and equally many digits."""
+    largest = max(map(abs, values), default=0.0)
+    if not 0.001 <= largest < 1000:
+        texts = [short(value) for value in values]
+        if all(abs(_value(text) - value) <= 1e-6 * largest for text, value in zip(texts, values, strict=True)):
+            return texts
+    size, unit = next(((size, unit) for size, unit in THOUSANDS if largest >= size), (1.0, ""))
+    if 0 < largest < 0.001:
+        exponent = math.floor(math.log10(largest))
+        size, unit = 10.0**exponent, f"e{exponent}"
+    for digits in range(7):
+        texts = [f"{value / size:.{digits}f}" for value in values]
+        if all(abs(float(text) * size - value) <= 1e-6 * largest for text, value in zip(texts, values, strict=True)):
+            break
+    return ["0" if value == 0 else text + unit for text, value in zip(texts, values, strict=True)]
+
+
+def _value(text: str) -> float:
+    """What a text of `short` says."""
+    size = next((size for size, unit in THOUSANDS if text.endswith(unit)), 1.0)
+    return float(text.rstrip("TBMk")) * size
 
 
 def whole(value: float) -> str:

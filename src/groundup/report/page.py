@@ -18,6 +18,8 @@ from groundup.report.diagnosis.rules import RULES, diagnose
 from groundup.report.read import CorpusRecord, Event, Example, RunRecord, Sample, StageRecord, is_number, read_run
 
 TITLES = {"pretrain": "Pretraining", "sft": "Fine-tuning on chats", "lora": "Adapter (LoRA)"}
+CHAT_STAGES = ("sft", "lora")
+"""Stages whose samples are answers, not texts that go on."""
 MAX_SAMPLES, MAX_EXAMPLES, MAX_EVENTS, MAX_CHARACTERS = 8, 12, 40, 800
 JOINERS = "\u200c\u200d"
 
@@ -185,8 +187,10 @@ def _stage_panels(stage: StageRecord) -> dict[str, Any]:
     return {
         "name": stage.name,
         "title": TITLES[stage.name],
+        "is_chat": stage.name in CHAT_STAGES,
         "state": "" if stage.is_finished else f"at work, step {numbers.whole(stage.num_steps)}",
         "note": str(stage.summary.get("note", "")),
+        "foretold": foretold_words(stage),
         "tiles": _tiles(stage, STAGE_FIGURES),
         "pictures": [Picture(chart, Markup(draw(chart))) for chart in stage_charts(stage)],
         "compressors": compressor_bars(stage),
@@ -198,6 +202,24 @@ def _stage_panels(stage: StageRecord) -> dict[str, Any]:
         "num_saves": num_saves,
         "rows": _rows({key: value for key, value in stage.summary.items() if key != "note"}),
     }
+
+
+def foretold_words(stage: StageRecord) -> str:
+    """What the band and the dashed line in the chart of the loss are, and how it came out; empty where there are none."""
+    told = stage.foretold
+    if told is None:
+        return ""
+    words = (
+        f"Foretold by {told.num_runs} smaller runs on this text, the largest with 1/{told.compute_ratio:.3g} of this run's "
+        f"operations: the loss on held-out rows, dashed, and the band in which {numbers.percent(told.level)} of runs of this "
+        "size would lie."
+    )
+    looks = next(iter(stage.validation.get("loss", {}).values()), None)
+    if not stage.is_finished or looks is None or len(stage.validation["loss"]) > 1:
+        return words
+    came, end = looks.values[-1], told.loss[-1]
+    place = "inside" if told.low[-1] <= came <= told.high[-1] else "outside"
+    return f"{words} At the end it told {end:.3f}; it came to {came:.3f} ({100 * (came / end - 1):+.1f} %), {place} the band."
 
 
 def _tiles(stage: StageRecord, figures: Sequence[Figure]) -> list[Tile]:

@@ -11,6 +11,7 @@ import yaml
 
 from groundup.base.errors import DataError
 from groundup.base.files import read_json
+from groundup.report.forecast import Foretold, read_foretold
 
 TRAINING_STAGES = ("pretrain", "sft", "lora")
 
@@ -96,6 +97,8 @@ class StageRecord:
     """What every `auto` became."""
     ledger: Mapping[str, Any]
     """Where the chats of a fine-tuning went to."""
+    foretold: Foretold | None = None
+    """What a ladder of smaller runs told before."""
 
     def figure(self, name: str) -> float | None:
         """A number of the summary; None where it is absent."""
@@ -256,6 +259,7 @@ def _stage(run: Path, name: str, settings: Mapping[str, Any]) -> StageRecord | N
         settings=section if isinstance(section, dict) else {},
         resolved=_object(folder / "resolved.json"),
         ledger=_object(folder / "ledger.json"),
+        foretold=read_foretold(run, folder) if name == "pretrain" else None,
     )
 
 

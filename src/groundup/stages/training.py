@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from groundup.parallel.zero import refuse_missing
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.evaluate import evaluate_finetune, evaluate_pretrain
 from groundup.stages.finetune import finetune
@@ -26,7 +27,7 @@ STAGES: dict[str, Callable[[Work], object]] = {
 
 
 def refuse_section(work: Work, stage: str) -> None:
-    """Raise ConfigError for a training section that asks for what does not train together.
+    """Raise ConfigError for a training section that asks for what does not train together, or is not installed.
 
     A table looks at the section; of a model that comes from elsewhere it knows nothing.
     """
@@ -34,6 +35,8 @@ def refuse_section(work: Work, stage: str) -> None:
     section: TrainConfig | None = getattr(recipe, stage)
     if section is None:
         return
+    if work.world.mesh.zero_stage:
+        refuse_missing()
     shape = None if isinstance(section, FinetuneConfig) and section.init_from != "auto" else recipe.model
     combination = combination_of(section, shape, device=device_of(section), mesh=work.world.mesh)
     refuse_clash(combination, where=stage)

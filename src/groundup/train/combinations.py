@@ -8,7 +8,7 @@ from groundup.adapters.config import AdapterConfig
 from groundup.base.config import Config
 from groundup.base.errors import ConfigError
 from groundup.model.config import ModelConfig
-from groundup.parallel.config import Dim
+from groundup.parallel.config import Dim, Engine
 from groundup.parallel.mesh import Mesh
 from groundup.train.config import TrainConfig
 
@@ -31,6 +31,7 @@ SPREAD: tuple[Dim, ...] = ("data_shard", "tensor", "pipeline", "expert", "contex
 AXES: Mapping[str, tuple[str, ...]] = {
     "device": ("cpu", "cuda"),
     "ranks": (ONE, SEVERAL),
+    "engine": get_args(Engine),
     **dict.fromkeys(SPREAD, (OFF, ON)),
     "model_type": _choices(ModelConfig, "model_type"),
     **{name: _choices(AdapterConfig, name) for name in ("adapter", "nf4_maker", "init_lora_weights")},
@@ -87,6 +88,17 @@ RULES = (
         "bitsandbytes' 4-bit matrices cannot be cut into shards",
         {"nf4_maker": "torchao"},
     ),
+    Rule(
+        {"engine": "deepspeed", "optimizer": "muon|adafactor|adamw_8bit"},
+        "ZeRO cuts parameters into runs of elements, and it needs whole matrices or blocks",
+        {"optimizer": "adamw"},
+    ),
+    Rule(
+        {"engine": "deepspeed", "adapter": "qlora"},
+        "ZeRO casts and sends what 4-bit matrices are not made of",
+        {"engine": "torch"},
+    ),
+    Rule({"engine": "deepspeed", "precision": "fp16"}, "ZeRO's own loss scale is not ours", {"precision": "bf16"}),
 )
 
 
@@ -100,7 +112,8 @@ def combination_of(config: TrainConfig, shape: ModelConfig | None, *, device: st
     elif adapter.lora_dropout > 0:
         values["dropout"] = ON
     spread = {dim: ON if mesh.has(dim) else OFF for dim in SPREAD}
-    return values | {"device": device, "ranks": SEVERAL if mesh.size > 1 else ONE} | spread
+    engine = "deepspeed" if mesh.zero_stage else "torch"
+    return values | {"device": device, "ranks": SEVERAL if mesh.size > 1 else ONE, "engine": engine} | spread
 
 
 def _word(value: object) -> str:

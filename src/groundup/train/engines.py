@@ -13,6 +13,10 @@ def engine_of(world: World) -> type[TorchEngine]:
     if not world.mesh.is_sharded:
         return TorchEngine
     # late: torch's distributed tensors take a second to import
+    if world.mesh.zero_stage:
+        from groundup.train.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine
     if world.mesh.has("pipeline"):
         from groundup.train.pipeline_engine import PipelineEngine
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from groundup.adapters.config import AdapterConfig
 from groundup.base import machine
 from groundup.base.duration import in_steps
 from groundup.base.errors import ConfigError
@@ -146,13 +147,16 @@ def resolve(
     sizes = {"batch_rows": batch_rows, "row_length": config.row_length, "rows_per_epoch": rows_per_epoch}
     total_steps = in_steps(config.duration, **sizes)
     flops = 6.0 * matrix_parameters * total_steps * config.batch_size_tokens
-    compiles = kept.get("compile", _compiles(config, device, precision, flops))
+    may_compile = config.compile is True or not mesh.zero_stage
+    compiles = kept.get("compile", may_compile and _compiles(config, device, precision, flops))
     if compiles and device == "cpu" and not machine.has_compiler():
         raise ConfigError(
             "E-CONFIG-COMPILE",
             what="the blocks are to be compiled, but there is no C++ compiler",
             next="install g++, or set compile: false",
         )
+    if mesh.zero_stage:
+        _refuse_under_zero(config, shape, mesh.zero_stage, precision, compiles=compiles)
     attention = kept.get("attention", _attention(config, device, precision, shape, mesh, compiles=compiles))
     asked = combination_of(config, shape, device=device, mesh=mesh)
     refuse_clash({**asked, "precision": precision, "attention": attention})
@@ -269,6 +273,27 @@ def _refuse_varlen(shape: ModelConfig | None) -> None:
             what=f"attention varlen on a GPU of compute capability {torch.cuda.get_device_capability()}: "
             "FlashAttention needs 8.0",
             next="use attention auto",
+        )
+
+
+def _refuse_under_zero(
+    config: TrainConfig, shape: ModelConfig | None, stage: int, precision: str, *, compiles: bool
+) -> None:
+    """Raise ConfigError for what DeepSpeed's engine does not train, beside what the table of combinations knows."""
+    what = then = ""
+    if compiles:
+        what, then = "its hooks cut what is compiled into pieces", "set compile: false"
+    elif stage == 3 and isinstance(config, AdapterConfig) and config.adapter != "none":
+        what, then = "a base that lies in parts cannot be read with its adapter", "set parallel.shard: gradients"
+    elif shape is not None and shape.has_router_bias:
+        what, then = f"it does not know the biases of {shape.model_type}'s routers", "take another model_type"
+    elif shape is not None and shape.num_experts is not None and precision == "bf16":
+        what, then = "routers compute in fp32, and it casts the whole model", "set precision: fp32"
+    if what:
+        raise ConfigError(
+            "E-CONFIG-DEEPSPEED",
+            what=f"parallel.engine: deepspeed (ZeRO-{stage}): {what}",
+            next=f"{then}, or take engine: torch",
         )
 
 

@@ -51,14 +51,14 @@ def block_of(name: str) -> str:
 
 def gathered_numbers(held: Mapping[str, Shape], spread: Spread) -> int:
     """Numbers that a rank with shards has gathered at once while it computes: embedding, norm and head, a block and the next;
-    where gradients alone are in shards, all."""
+    where gradients or the optimizer alone are in shards, all."""
     if spread.data_shard == 1:
         return 0
     by_block: dict[str, int] = {}
     for name, size in held.items():
         by_block[block_of(name)] = by_block.get(block_of(name), 0) + prod(size)
     ends = by_block.pop("", 0)
-    if spread.shard == "gradients":
+    if spread.shard != "parameters":
         return ends + sum(by_block.values())
     return ends + 2 * max(by_block.values(), default=0)
 

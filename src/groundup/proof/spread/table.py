@@ -12,7 +12,7 @@ from typing import Any, Literal
 from groundup.base.errors import DistributedError
 from groundup.base.files import write_json
 from groundup.base.log import Log
-from groundup.parallel.config import ParallelConfig
+from groundup.parallel.config import ZERO_STAGES, ParallelConfig
 from groundup.proof.numerics.subject import subject_of
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread import compare
@@ -26,6 +26,8 @@ WHOLE = ("data_replicate", "context")
 """Dimensions whose ranks hold the whole model."""
 MOST_HELD, MOST_HELD_BY_ENDS = 0.75, 0.95
 """Share of the model above which nothing was sharded. Both ends of a pipeline have a tied embedding, of a small model most."""
+SKIPPED = ("E-CONFIG-MESH", "E-CONFIG-DEEPSPEED")
+"""Codes of errors that say a case cannot be tried with this model or on this machine."""
 LOOSER = {"norm": 10}
 """torch's fp32 norm of a million values is itself 2e-5 off, so a norm may differ by more."""
 TOLERANCES: Mapping[str, float] = {"muon": 1e-3, "adamw": 1e-3, "bf16": 5e-3}
@@ -48,7 +50,10 @@ class Case:
     @property
     def name(self) -> str:
         """The section in words, and what is not usual."""
-        degrees = " × ".join(f"{name} {value}" for name, value in self.parallel.items())
+        said = dict(self.parallel)
+        if stage := ParallelConfig(**self.parallel).zero_stage:
+            said = {said.pop("engine"): f"zero{stage}"} | {name: said[name] for name in said if name != "shard"}
+        degrees = " × ".join(f"{name} {value}" for name, value in said.items())
         unusual = [value for value, usual in ((self.optimizer, "sgd"), (self.dtype, "fp32")) if value != usual]
         return ", ".join([degrees, *unusual])
 
@@ -87,6 +92,10 @@ CASES = (
     Case({"pipeline": 2, "data_shard": 2}),
     Case({"pipeline": 2, "pipeline_schedule": "gpipe", "data_shard": 2}),
     Case({"pipeline": 2, "pipeline_schedule": "interleaved", "data_shard": 2}),
+    # the last of two ranks: ZeRO-3 puts another product in the place of torch's, for as long as the process lives
+    *(Case({"engine": "deepspeed", "shard": shard, "data_shard": 2}) for shard in ZERO_STAGES),
+    Case({"engine": "deepspeed", "shard": "parameters", "data_shard": 2}, optimizer="adamw"),
+    Case({"engine": "deepspeed", "shard": "gradients", "data_shard": 2}, dtype="bf16"),
 )
 
 
@@ -155,7 +164,7 @@ def judge(case: Case, run: Run, shape: dict[str, Any], *, where: str = compare._
     error = next((str(answer["error"]) for answer in answers if "error" in answer), None)
     seconds = time.monotonic() - began
     if error is not None:
-        verdict: Verdict = "SKIP" if error.startswith("E-CONFIG-MESH") else "FAIL"
+        verdict: Verdict = "SKIP" if error.startswith(SKIPPED) else "FAIL"
         return Result(case.name, verdict, case.tolerance, reason=error[:160], elapsed_seconds=seconds)
     distances = answers[0]["value"]
     if case.dtype == "bf16":

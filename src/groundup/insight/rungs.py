@@ -1,0 +1,81 @@
+"""Runs of a ladder: each an ordinary run in a folder of its own, and what is read of it once it is finished."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from groundup.base.artifact import RunFolder
+from groundup.base.log import Log
+from groundup.insight.amounts import pretraining
+from groundup.insight.ladder import FullRun, Rung, rung_recipe
+from groundup.insight.taken_over import take_over
+from groundup.report.read import Points, StageRecord, read_run
+from groundup.stages.recipe import Recipe
+from groundup.stages.run import TEXT_STAGES, run_stages, stages_of
+from groundup.stages.work import Work
+
+TEXT_FOLDERS = ("corpus", "tokenizer", "tokens")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its size, what it read, and its loss on held-out rows on the way."""
+
+    parameters: float
+    tokens: float
+    unique_tokens: float
+    looks: tuple[tuple[float, float], ...]
+    """(share of the run, nats a token), the last at its end."""
+
+    @property
+    def loss(self) -> float:
+        """At the end."""
+        return self.looks[-1][1]
+
+
+def full_run(work: Work) -> FullRun:
+    """Make the recipe's tokens where they do not stand yet, and say what its pretraining is."""
+    recipe = work.recipe
+    shape, config = work.needed(recipe.model, "model"), work.needed(recipe.pretrain, "pretrain")
+    run_stages(work, [name for name in stages_of(recipe) if name in TEXT_STAGES])
+    shape, amounts = pretraining(recipe, work, shape)
+    return FullRun(shape, config, amounts.rows_per_epoch, amounts.tokens_per_epoch, amounts.held_out_rows)
+
+
+def run_rung(recipe: Recipe, full: FullRun, rung: Rung, text: Path, folder: Path, log: Log) -> Outcome:
+    """Train a rung, or leave it where it is finished. The run at `text` has its tokens."""
+    work = Work(rung_recipe(recipe, full, rung), RunFolder(folder / rung.name), log)
+    with work.run.lock():
+        for stage in TEXT_FOLDERS:
+            take_over(stage, text, work.run)
+    run_stages(work, ("pretrain",))
+    return outcome_of(work.run.path, full)
+
+
+def outcome_of(run: Path, full: FullRun) -> Outcome:
+    """What a finished pretraining came to."""
+    stage = read_run(run).stages[0]
+    weights = {name: entry.weight for name, entry in full.config.mixture.items()}
+    points = weighted_looks(stage, weights)
+    looks = tuple((step / stage.num_steps, value) for step, value in zip(points.steps, points.values, strict=True))
+    parameters = stage.figure("num_active_parameters") or stage.figure("num_parameters")
+    assert parameters is not None and looks[-1][0] == 1.0
+    return Outcome(parameters, float(stage.summary["tokens"]), full.unique_tokens, looks)
+
+
+def weighted_looks(stage: StageRecord, weights: Mapping[str, float]) -> Points:
+    """Loss on held-out rows at each look, one of several sources by their weights."""
+    sets = stage.validation["loss"]
+    steps = sorted({step for points in sets.values() for step in points.steps})
+    values = [_weighted(sets, step, weights) for step in steps]
+    return Points(tuple(steps), tuple(values))
+
+
+def _weighted(sets: Mapping[str, Points], step: float, weights: Mapping[str, float]) -> float:
+    found: Sequence[tuple[float, float]] = [
+        (weights.get(name, 1.0), points.values[points.steps.index(step)])
+        for name, points in sets.items()
+        if step in points.steps
+    ]
+    return math.fsum(weight * loss for weight, loss in found) / math.fsum(weight for weight, _ in found)

@@ -1,0 +1,148 @@
+"""`groundup scale` and `groundup sweep tokenizer`."""
+
+import json
+import math
+
+import pytest
+import yaml
+from stages.conftest import groundup, made_text, refusal, signatures, tiny_recipe
+
+from groundup.base.artifact import read_manifest
+from groundup.insight import ladder, scale
+from groundup.insight.fit import fit_law, predicted_loss
+from groundup.insight.forecast import best_size, fit_outcomes, forecast
+from groundup.insight.laws import LossLaw
+from groundup.insight.rungs import Outcome
+from groundup.report.page import foretold_words
+from groundup.report.read import read_run
+from groundup.train.pace import Pace
+
+LAW = LossLaw(E=1.7, A=400, B=500, alpha=0.42, beta=0.36)
+UNIQUE = 1e9
+
+
+def made_outcome(parameters, tokens, *, law=LAW, unique=UNIQUE):
+    """Of a run that stands above its end by 30 % at a tenth, by less the longer it is."""
+    end = predicted_loss(law, parameters, tokens, unique)
+    shares = [number / 12 for number in range(1, 13)]
+    above = 0.3 * (1e5 / tokens) ** 0.1
+    return Outcome(parameters, tokens, unique, tuple((one, end * (1 + above * (1 - one) ** 2)) for one in shares))
+
+
+OUTCOMES = [made_outcome(size, tokens) for size in (1e5, 2e5, 4e5) for tokens in (1e5, 2e5, 4e5, 8e5)]
+
+
+def test_a_curve_is_foretold_with_its_band():
+    fitted = fit_outcomes(OUTCOMES)
+    told = forecast(fitted, OUTCOMES, 1.2e6, 2.4e6, UNIQUE)
+    real = dict(made_outcome(1.2e6, 2.4e6).looks)
+    assert told.shares[-1] == 1.0 and told.loss[-1] == pytest.approx(real[1.0], rel=0.005)
+    assert told.shares[4] == 0.5 and told.loss[4] == pytest.approx(real[0.5], rel=0.01)
+    assert list(told.loss) == sorted(told.loss, reverse=True)
+    assert all(low < loss < high for low, loss, high in zip(told.low, told.loss, told.high, strict=True))
+    noisy = [Outcome(one.parameters, one.tokens, UNIQUE, tuple((share, loss * (1 + 0.01 * (-1) ** number)) for share, loss in one.looks)) for number, one in enumerate(OUTCOMES)]  # fmt: skip
+    wide = forecast(fit_outcomes(noisy), noisy, 1.2e6, 2.4e6, UNIQUE)
+    assert wide.high[-1] / wide.low[-1] > 1.03 > told.high[-1] / told.low[-1]
+
+
+def test_the_best_size_is_the_law_s_until_the_text_runs_out():
+    fitted = fit_law([*scale_observations(OUTCOMES)], draws=20)
+    best, low, high = best_size(fitted, 1e14, UNIQUE)
+    assert best == pytest.approx(LAW.best_split(1e14)[0], rel=0.05) and low <= best <= high
+    scarce, *_ = best_size(fitted, 1e14, 1e5)
+    assert scarce > 1.5 * best, "little text is spent on more parameters"
+
+
+def scale_observations(outcomes):
+    from groundup.insight.forecast import observations
+
+    return observations(outcomes)
+
+
+def write_recipe(folder, **pretrain):
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text(made_text(300))
+    sections = tiny_recipe(folder)
+    sections["model"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sections["pretrain"] |= {"duration": "800 steps", "validate_every": "80 steps", "checkpoint_every": "400 steps"}
+    sections["pretrain"] |= {"schedule": "linear", "muon_lr": "auto", "lr": "auto"} | pretrain
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump({name: sections[name] for name in ("corpus", "tokenizer", "tokens", "model", "pretrain", "eval")}))  # fmt: skip
+    return path
+
+
+def test_the_command_says_the_law_and_keeps_it(tmp_path, monkeypatch):
+    """The runs are made up; that they really train is the test below."""
+    path, runs, asked = write_recipe(tmp_path), tmp_path / "runs", []
+
+    def made_up(recipe, full, rung, text, folder, log):
+        asked.append(rung.name)
+        return made_outcome(rung.parameters, rung.tokens, unique=full.unique_tokens)
+
+    monkeypatch.setattr(scale, "run_rung", made_up)
+    monkeypatch.setattr(scale, "measured_paces", lambda full, say: lambda parameters: Pace(0.01, 0.0001))
+    said = groundup("scale", path, "--time", "2m", "--budget", "1e13FLOPs", "--runs-dir", runs)
+    assert said.code == 0, said.err
+    assert "law  L(N, D) = 1.7" in said.out and "full run" in said.out and "best for 10.0 TFLOP" in said.out
+    assert sum("loss 5" in line or "loss 6" in line or "/" in line for line in said.out.splitlines()) >= len(asked)
+    kept = json.loads((runs / "r" / "scale" / "law.json").read_text())
+    assert kept["law"]["alpha"] == pytest.approx(0.42, rel=0.05) and len(kept["runs"]) == len(asked) >= 8
+    before = list(asked)
+    monkeypatch.setattr(scale, "measured_paces", lambda full, say: lambda parameters: Pace(0.3, 0.003))
+    assert groundup("scale", path, "--time", "2m", "--runs-dir", runs).code == 0
+    assert asked == before * 2, "the rungs of a ladder stay what they are, whatever the machine's pace is by then"
+    for arguments in (["--time", "much"], ["--time", "1e9FLOPs"], ["--budget", "2h"]):
+        assert refusal("scale", path, "--runs-dir", runs, *arguments).code == 2
+    assert refusal("scale", path, "--time", "3s", "--runs-dir", runs).code == 2
+
+
+@pytest.mark.costly
+def test_a_real_ladder_is_run_once_and_foretells_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "LEAST_STEPS", 12)  # as many as tell anything of this text
+    monkeypatch.setattr(ladder, "measured_paces", lambda full, say: lambda parameters: Pace(0.01, 0.0001))
+    monkeypatch.setattr(scale, "measured_paces", ladder.measured_paces)
+    path, runs = write_recipe(tmp_path, duration="208 steps", validate_every="20 steps"), tmp_path / "runs"
+    command = ("scale", path, "--time", "60s", "--runs-dir", runs)
+    said = groundup(*command)
+    assert said.code == 0, said.err
+    folders = sorted(folder.name for folder in (runs / "r" / "scale").iterdir() if folder.is_dir())
+    assert len(folders) >= ladder.FEWEST_RUNGS
+    manifests = [read_manifest(runs / "r" / "scale" / name / "pretrain") for name in folders]
+    assert all(manifests) and len({json.dumps(one.config, sort_keys=True) for one in manifests}) == len(folders)
+    before = signatures(runs / "r" / "scale")
+    again = groundup(*command)
+    changed = {name for name, value in signatures(runs / "r" / "scale").items() if before.get(name) != value}
+    assert again.code == 0 and changed <= {"law.json", "forecast.json"}
+    assert again.out.splitlines()[-6:] == said.out.splitlines()[-6:]
+    assert groundup("pretrain", path, "--runs-dir", runs).code == 0
+    assert groundup("report", runs / "r").code == 0
+    stage = read_run(runs / "r").stages[0]
+    told, came = stage.foretold.loss[-1], stage.validation["loss"]["text"].values[-1]
+    assert abs(came / told - 1) < 0.1, (told, came)
+    page = (runs / "r" / "report.html").read_text()
+    assert "foretold" in page and "normal, 90 %" in page and foretold_words(stage)[:20] in page
+    other = groundup("pretrain", path, "--pretrain.muon_lr", "0.001", "--runs-dir", runs)
+    assert other.code == 0 and read_run(runs / "r").stages[0].foretold is None, "of another rate nothing was foretold"
+
+
+@pytest.mark.costly
+def test_vocabularies_are_compared_at_equal_operations(tmp_path):
+    path, runs = write_recipe(tmp_path, duration="40 steps"), tmp_path / "runs"
+    command = ("sweep", "tokenizer", path, "--sizes", "300,280", "--runs-dir", runs)
+    said = groundup(*command)
+    assert said.code == 0, said.err
+    kept = json.loads((runs / "r" / "sweep" / "vocabularies.json").read_text())
+    small, large = kept["runs"]
+    assert (small["vocabulary"], large["vocabulary"]) == (280, 300) and small["tokens"] > large["tokens"]
+    assert small["flops"] == pytest.approx(large["flops"], rel=0.03) and large["bytes_a_token"] > small["bytes_a_token"]
+    best = min(kept["runs"], key=lambda one: one["bits_per_byte"])
+    assert f"Take {best['vocabulary']:,} ids" in said.out
+    before = signatures(runs / "r" / "sweep")
+    again = groundup(*command)
+    changed = {name for name, value in signatures(runs / "r" / "sweep").items() if before.get(name) != value}
+    assert again.code == 0 and changed <= {"vocabularies.json"}, changed
+    for arguments in (["--sizes", "300"], ["--sizes", "300,x"], ["--sizes", "300,280", "--time", "1e3FLOPs"]):
+        assert refusal("sweep", "tokenizer", path, "--runs-dir", runs, *arguments).code == 2
+    given = refusal("sweep", "tokenizer", path, "--runs-dir", runs, "--tokenizer.path", runs / "r" / "tokenizer")
+    assert given.code == 2 and "E-SWEEP-TOKENIZER" in given.err
+    assert math.isfinite(best["bits_per_byte"])
