@@ -59,8 +59,10 @@ def test_a_model_of_seven_billion_takes_what_is_published():
     parameters = 6_738_415_616  # of Llama 7B (arXiv:2302.13971)
     states = whole.weights + whole.gradients + whole.optimizer
     assert states == pytest.approx(parameters * (4 + 2 + 4 + 8), rel=0.001)
-    shared = footprint(SEVEN_BILLION, replace(TRAINING, spread=Spread(data_shard=64)))
+    shared = footprint(SEVEN_BILLION, replace(TRAINING, spread=Spread(data_shard=64), batch_rows=1))
     gathered = 2 * (2 * 131_072_000 + 2 * 202_383_360 + 4096)
     assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(
         16 * parameters / 64 + gathered, rel=0.001
     )
+    several = footprint(SEVEN_BILLION, replace(TRAINING, spread=Spread(data_shard=64)))
+    assert several.gradients == 4 * parameters, "whole until the last of eight micro-batches"
