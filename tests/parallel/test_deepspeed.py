@@ -4,7 +4,9 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from groundup.model.config import ModelConfig
 from groundup.parallel.config import ParallelConfig
 from groundup.parallel.mesh import degrees_of
 from groundup.parallel.world import World
+from groundup.parallel.zero import compiling_alone
 from groundup.parallel.zero_settings import ZERO, offloads_optimizer, zero_settings
 from groundup.proof.rank_server import RankGroup
 from groundup.proof.spread.table import CASES, Case, judge
@@ -139,6 +142,29 @@ def test_ranks_that_do_not_shard_are_refused():
         ParallelConfig(shard="optimizer", data_shard=2)
     with pytest.raises(ValueError, match="engine: deepspeed alone"):
         ParallelConfig(deepspeed_config="x.json")
+
+
+def test_one_process_compiles_at_a_time_and_what_a_killed_one_left_is_unlocked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    with compiling_alone():
+        folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert folder.is_relative_to(tmp_path) and "TORCH_EXTENSIONS_DIR" not in os.environ
+    (folder / "cpu_adam").mkdir()
+    (folder / "cpu_adam" / "lock").touch()
+    entered = threading.Event()
+
+    def enter():
+        with compiling_alone():
+            entered.set()
+
+    other = threading.Thread(target=enter)
+    with compiling_alone():
+        assert not (folder / "cpu_adam" / "lock").exists(), "torch would wait for it for ever"
+        other.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    other.join()
 
 
 @pytest.mark.parametrize(

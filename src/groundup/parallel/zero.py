@@ -1,14 +1,17 @@
 """DeepSpeed's ZeRO (Rajbhandari et al., arXiv:1910.02054): where this rank's parts of the parameters lie in its buffers."""
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +52,7 @@ def load_deepspeed(device: str, local_rank: int) -> Any:
     try:
         with quiet_deepspeed():
             import deepspeed
+            from deepspeed.ops import __compatible_ops__
     except ImportError as error:
         raise ConfigError(
             "E-CONFIG-DEEPSPEED",
@@ -56,6 +60,8 @@ def load_deepspeed(device: str, local_rank: int) -> Any:
             where="parallel.engine: deepspeed",
             next='run `pip install --upgrade "groundup[deepspeed]"`, or leave engine out: torch shards as well',
         ) from error
+    # sums through shared memory, for inference on CPUs: half a minute of compiling that training has no use for
+    __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -143,13 +149,38 @@ class ZeroParts:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+@contextmanager
+def compiling_alone() -> Iterator[None]:
+    """Inside, this process alone compiles DeepSpeed's extensions, or loads those that stand.
+
+    torch locks by a file that a process which is killed leaves behind, and every later one would wait for it for ever: here
+    the kernel locks, and what was left is removed.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(caches) / "groundup" / "deepspeed" / f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    with (folder / "alone").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TORCH_EXTENSIONS_DIR"]
+            else:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
+
+
 def cpu_adam(groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer | None:
     """DeepSpeed's AdamW for the host's memory, which is compiled at its first use; None where it cannot be."""
-    with quiet_deepspeed():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    try:
+        with quiet_deepspeed(), compiling_alone():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        try:
             made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
-        except (RuntimeError, ImportError, OSError):  # no compiler, or one that it does not know
-            return None
+    except (RuntimeError, ImportError, OSError):  # no compiler, or one that it does not know, or nowhere to put it
+        return None
     return made
