@@ -202,8 +202,8 @@ def write_page(rows: Sequence[tuple[int, Trial, bool, list[str]]], page: Path = 
     lines = [MEASURED, "", "| date | machine | seed | faults named first or second | false alarms |"]
     lines.append(f"|{'---|' * 5}")
     for seed, title in zip(seeds, head, strict=True):
-        found, alarms = tally([row for row in rows if row[0] == seed])
-        lines.append(f"| {date.today()} | {this_machine()} | {title} | {found} | {alarms} |")
+        named, alarms = tally([row for row in rows if row[0] == seed])
+        lines.append(f"| {date.today()} | {this_machine()} | {title} | {named} | {alarms} |")
     lines += ["", "## Symptoms", "", "| name | what is looked for |", "|---|---|"]
     lines += [f"| `{name}` | {' '.join((rule.__doc__ or '').split())} |" for name, rule in RULES.items()]
     for title, is_fault in (("Planted faults: place of the right name", True), ("Healthy runs: what was said", False)):

@@ -34,7 +34,7 @@ Made from the classes that check a recipe, by `python -m benchmarks.reference`. 
 command line: `--pretrain.lr 3e-3`. *required* has no default; `null` (None in the words) is off. One with a ° cannot change a bit
 of what a stage writes, and may differ when a run goes on. A length is `500 steps`, `2e9 tokens`, `1000 rows` or `3 epochs`.
 """
-TITLES = {
+TITLES: dict[type[BaseModel], str] = {
     Recipe: "The run",
     CorpusConfig: "`corpus:` where the text comes from",
     FiltersConfig: "`corpus.filters:` which documents stay",
