@@ -59,3 +59,14 @@ def test_many_runs_stay_small(two_runs, tmp_path):
 def test_command_writes_where_it_is_told(two_runs, tmp_path, capsys):
     main(["report", *map(str, two_runs), "--to", str(tmp_path / "c.html")])
     assert "c.html" in capsys.readouterr().out and (tmp_path / "c.html").exists()
+
+
+def test_a_curve_that_only_one_run_has_is_named(two_runs, tmp_path):
+    other = shutil.copytree(two_runs[1], tmp_path / "without-looks")
+    lines = [json.loads(line) for line in (other / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    unlooked = [{key: value for key, value in line.items() if key != "val"} for line in lines]
+    (other / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in unlooked))
+    html = write_comparison([two_runs[0], other], tmp_path / "two.html").read_text(encoding="utf-8")
+    captions = re.findall(r"<figcaption>Validation loss<span class=\"legend\">(.*?)</figcaption>", html)
+    assert captions and all("quickstart</span>" in caption for caption in captions)
+    assert any("without-looks" not in caption for caption in captions)

@@ -157,15 +157,8 @@ def _pictures(stages: Sequence[tuple[int, str, StageRecord]], axis: Axis, max_po
             if len(placed := _placed(points_of(stage), axis.places(stage))) > 1
         ]
         if lines:
-            chart = Chart(
-                title,
-                unit,
-                tuple(lines),
-                has_log_axis,
-                axis=axis.unit,
-                max_points=max_points,
-                from_zero=title == "Speed",
-            )
+            chart = Chart(title, unit, tuple(lines), has_log_axis, axis=axis.unit, max_points=max_points)
+            chart = replace(chart, from_zero=title == "Speed", names_all=True)
             yield Picture(chart, Markup(draw(chart)))
 
 

@@ -89,11 +89,13 @@ class Chart:
     band: Band | None = None
     from_zero: bool = False
     """Whether the axis of values begins at 0, as that of an amount should."""
+    names_all: bool = False
+    """Whether a single curve has its name too, as where it is one run's of several."""
 
     @property
     def legend(self) -> list[Line]:
         """The curves that need a name."""
-        return list(self.lines) if len(self.lines) > 1 else []
+        return list(self.lines) if self.names_all or len(self.lines) > 1 else []
 
 
 def stage_charts(stage: StageRecord) -> list[Chart]:
