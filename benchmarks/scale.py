@@ -1,6 +1,6 @@
 """Whether what `groundup scale` foretells comes true: a ladder, then a run with eight times the operations of its largest.
 
-    python -m benchmarks.scale [--seed 0] [--tokens 800000] [--hidden 96] [--vocab 2048]
+    python -m benchmarks.scale [--seed 0] [--tokens 2400000] [--hidden 96] [--vocab 2048]
 
 Finished runs stand in runs/.benchmarks and are not made again. Adds a row to docs/scale.md; ends with 1 where the loss on
 held-out rows lies more than 2 % from what was foretold before the run began.
@@ -63,7 +63,7 @@ def main() -> int:
     """Make the runs that are not there, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=800_000, help="of the target")
+    parser.add_argument("--tokens", type=int, default=2_400_000, help="of the target")
     parser.add_argument("--hidden", type=int, default=96, choices=[width for width, _ in LADDER])
     parser.add_argument("--vocab", type=int, default=2048)
     with errors_as_lines(), stop_request():
