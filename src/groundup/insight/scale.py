@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def law_values(ladder: Ladder) -> dict[str, Any]:
     fitted = ladder.fitted
     return {
         "law": asdict(fitted.law),
-        "intervals": {name: fitted.interval(lambda law, n=name: getattr(law, n), LEVEL) for name in asdict(fitted.law)},
+        "intervals": {name: fitted.interval(attrgetter(name), LEVEL) for name in asdict(fitted.law)},
         "level": LEVEL,
         "scatter": fitted.scatter,
         "runs": [
@@ -147,7 +148,7 @@ def scale_lines(ladder: Ladder, curve: Forecast, flops: float) -> Iterator[str]:
         f"law  L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}  nats a token of "
         "the held-out rows"
     )
-    between = {name: fitted.interval(lambda one, n=name: getattr(one, n), LEVEL) for name in ("E", "alpha", "beta")}
+    between = {name: fitted.interval(attrgetter(name), LEVEL) for name in ("E", "alpha", "beta")}
     spans = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in between.items())
     yield f"     {100 * LEVEL:.0f} % of the draws: {spans}; the runs lie within {100 * fitted.scatter:.2f} % of it"
     if ladder.rungs[0].batch_tokens != full.config.batch_size_tokens:
