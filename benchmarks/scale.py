@@ -1,6 +1,6 @@
 """Whether what `groundup scale` foretells comes true: a ladder, then a run with eight times the operations of its largest.
 
-    python -m benchmarks.scale [--seed 0] [--tokens 800000] [--hidden 96] [--vocab 2048]
+    python -m benchmarks.scale [--seed 0] [--tokens 4200000] [--hidden 64] [--vocab 1024]
 
 Finished runs stand in runs/.benchmarks and are not made again. Adds a row to docs/scale.md; ends with 1 where the loss on
 held-out rows lies more than 2 % from what was foretold before the run began.
@@ -35,7 +35,7 @@ from groundup.stages.starter import LADDER, shape_of  # noqa: E402
 from groundup.stages.work import Work  # noqa: E402
 
 TOLERANCE = 0.02
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 2048
 PAGE = Path("docs/scale.md")
 
 
@@ -63,9 +63,9 @@ def main() -> int:
     """Make the runs that are not there, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=800_000, help="of the target")
-    parser.add_argument("--hidden", type=int, default=96, choices=[width for width, _ in LADDER])
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=4_200_000, help="of the target")
+    parser.add_argument("--hidden", type=int, default=64, choices=[width for width, _ in LADDER])
+    parser.add_argument("--vocab", type=int, default=1024)
     with errors_as_lines(), stop_request():
         return compare(parser.parse_args())
 

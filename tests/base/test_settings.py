@@ -29,4 +29,4 @@ def test_help_from_the_source_is_that_of_the_classes():
     found = list(section_help("groundup.stages.recipe", "Recipe"))
     assert found == list(help_of(Recipe))
     assert len(found) > 50, "looked in the wrong place"
-    assert ("--lora.lora_rank", "8", "") in found
+    assert any(name == "--lora.lora_rank" and default == "8" and words for name, default, words in found)

@@ -1,8 +1,7 @@
 """What the tests of the world let two ranks do."""
 
-from pathlib import Path
-
 import torch
+import torch.distributed as dist
 
 from groundup.parallel import world as rooms
 from groundup.parallel.checks import refuse_divergence, refuse_mismatch
@@ -48,10 +47,9 @@ def compare_weights(world, flipped):
 
 
 def groups_of_equal_meshes(world):
-    """Threads that wait on sockets, after one mesh and after three more with its degrees."""
+    """Process groups, after one mesh and after three more with its degrees."""
     counts = []
     for _ in range(4):
         Mesh({"data_shard": world.size // 2, "tensor": 2}, rank=world.rank).devices  # noqa: B018
-        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        counts.append(sum("gloo" in name for name in names))
+        counts.append(len(dist.distributed_c10d._world.pg_map))
     return counts

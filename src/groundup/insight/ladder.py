@@ -34,7 +34,7 @@ FEWEST, FEWEST_RUNGS = 3, 8
 """Sizes, and lengths, and rungs that a law of five constants is fitted to."""
 LEAST_APART = 1.25
 """Factor between the parameters of two sizes."""
-LEAST_STEPS = 96
+LEAST_STEPS = 192
 """Of a rung: fewer tell of the first words that a model learns more than of tokens."""
 LEVELS = 24
 """Heads that are tried, each with the root of a half of the operations of the one before; the first is the full run."""

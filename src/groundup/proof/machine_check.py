@@ -24,6 +24,7 @@ INSTRUCTIONS = {
 }
 EXTRAS = {
     "bitsandbytes": ("8-bit AdamW and NF4 by bitsandbytes", ("bitsandbytes",)),
+    "deepspeed": ("`parallel.engine: deepspeed`", ("deepspeed",)),
     **{name: (f"`groundup follow RUN --to {name}`", (name,)) for name in MODULES},
     "bench": ("`make bench`, the comparisons with transformers Trainer and TRL", ("accelerate", "datasets", "trl")),
     "dev": (
