@@ -27,6 +27,7 @@ def test_without_a_device_every_check_is_passed_over(run):
     assert all(line.startswith("SKIP ") and line.endswith(": no CUDA device") for line in lines[:-1])
 
 
+@pytest.mark.slow
 def test_a_cpu_makes_what_it_can(run):
     code, lines = run("--device", "cpu")
     passed = {line[5:47].strip() for line in lines if line.startswith("PASS")}

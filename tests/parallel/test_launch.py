@@ -129,6 +129,7 @@ def test_restart_is_asked_again_of_ranks_that_had_not_begun(run, tmp_path):
     assert code == 0 and [(tmp_path / f"1-{pid}").read_text() for pid in pids(tmp_path, 1)] == ["--restart"] * 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_after_a_signal_was_stopped_by_it(run, tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "SILENT_SECONDS", 1.0)
     body = """

@@ -45,7 +45,7 @@ def test_a_slow_rank_is_named():
     ],
 )
 def test_a_rank_that_dies_or_says_nothing_is_named(failpoint, says):
-    done = doctor("--nproc", "3", "--patience", "4", failpoint=failpoint)
+    done = doctor("--nproc", "3", "--patience", "8", failpoint=failpoint)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 6 and last.startswith(says), done.stderr
 

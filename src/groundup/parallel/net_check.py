@@ -179,6 +179,7 @@ def _named(store: "Store", world: World, phase: str, seconds: float) -> Iterator
         except RuntimeError as lost:  # the store lies with the first rank, or with its agent
             if lost is error:
                 raise
+            time.sleep(ANSWER_SECONDS)  # it may have gone because it has named another: those words come first
             raise _does_not_answer(None, [0], phase) from None
 
 
