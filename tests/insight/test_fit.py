@@ -53,6 +53,7 @@ def test_near_its_floor_the_law_is_a_sum_of_losses():
     assert law.loss(1e5, 1e5) < 0.9 * summed.loss(1e5, 1e5), "far above it, not"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("law", LAWS)
 def test_the_truth_lies_in_the_interval_nine_times_in_ten_or_nearly(law):
     """Of eight times the largest run's operations: ten ladders of runs that scatter by 0.3 %."""
