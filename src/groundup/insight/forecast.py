@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.insight.fit import FittedLaw, Observation, fit_law, predicted_loss
-from groundup.insight.laws import LossLaw
+from groundup.insight.laws import PerplexityLaw
 from groundup.insight.rungs import Outcome
 
 SHARES = tuple(number / 10 for number in range(1, 11))
@@ -54,8 +54,8 @@ def forecast(
     places = np.array([[1.0, math.log(one.parameters), math.log(one.tokens)] for one in outcomes])
     here = np.array([1.0, math.log(parameters), math.log(tokens)])
     end = math.log(predicted_loss(fitted.law, parameters, tokens, unique_tokens))
-    draws = [math.log(predicted_loss(law, parameters, tokens, unique_tokens)) for law in fitted.draws]
-    spread = float(np.var(draws)) + fitted.scatter**2
+    draws = np.log([predicted_loss(law, parameters, tokens, unique_tokens) for law in fitted.draws])
+    spread = float(((draws - end) ** 2).mean()) + fitted.scatter**2
     logs, deviations = [], []
     for share in shares:
         above = np.array([_log_loss(one, share) - _log_loss(one, 1.0) for one in outcomes])
@@ -90,7 +90,7 @@ def best_size(fitted: FittedLaw, flops: float, unique_tokens: float) -> tuple[fl
     """(parameters, the least and the most of them in LEVEL of the draws) that are best for 6 N D operations on a text."""
     sizes = np.geomspace(1e3, 1e13, 2001)
 
-    def best(law: LossLaw) -> float:
+    def best(law: PerplexityLaw) -> float:
         losses = [predicted_loss(law, size, flops / 6 / size, unique_tokens) for size in sizes]
         return float(sizes[int(np.argmin(losses))])
 

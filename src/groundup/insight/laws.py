@@ -50,6 +50,34 @@ class LossLaw:
         return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
 
 
+POWER = 0.4
+"""Of the perplexity, in which what parameters and tokens leave adds up for small models (docs/log.md: four ladders)."""
+
+
+@dataclass(frozen=True)
+class PerplexityLaw:
+    """exp(s L) = exp(s E) + A / N^alpha + B / D^beta: the terms of Hoffmann et al. add up in a power s of the perplexity.
+
+    Near its floor it is theirs, E + (A / N^alpha + B / D^beta) / (s exp(s E)), and s = 0 is theirs everywhere. Far above the
+    floor, where every run of minutes is, it falls in proportion to the logarithm of the operations, and what parameters
+    gain grows with the tokens; their sum of losses does neither.
+    """
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    power: float = POWER
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """Nats a token."""
+        terms = self.A / parameters**self.alpha + self.B / tokens**self.beta
+        if self.power == 0:
+            return self.E + terms
+        return math.log(math.exp(self.power * self.E) + terms) / self.power
+
+
 CHINCHILLA = LossLaw(E=1.6934, A=406.4, B=410.7, alpha=0.3392, beta=0.2849)
 """Hoffmann et al. 2022, arXiv:2203.15556, eq. 10, with the digits of its source (Besiroglu et al. 2024, table 1)."""
 REPLICATION = LossLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)

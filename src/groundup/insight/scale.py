@@ -12,10 +12,10 @@ from groundup.base.files import read_json, write_json
 from groundup.base.log import Log
 from groundup.insight.budget import parse_budget
 from groundup.insight.drawing import count_words, span_words
-from groundup.insight.fit import FittedLaw, predicted_loss
-from groundup.insight.forecast import LEVEL, Forecast, best_size, fit_outcomes, forecast
+from groundup.insight.fit import FittedLaw, fit_law, predicted_loss
+from groundup.insight.forecast import LEVEL, Forecast, best_size, fit_outcomes, forecast, observations
 from groundup.insight.ladder import FullRun, Rung, measured_paces, planned_rungs, rung_seconds
-from groundup.insight.laws import LossLaw
+from groundup.insight.laws import PerplexityLaw
 from groundup.insight.rungs import Outcome, full_run, run_rung
 from groundup.model.config import ModelConfig
 from groundup.report.forecast import FORECAST, SCALE
@@ -30,6 +30,7 @@ NO_CURVE = {
     *("on_nonfinite", "on_spike", "spike_deviations", "spike_window", "spike_batches", "max_rewinds"),
 }
 """Settings of pretraining that leave its curve where it is, or as good as."""
+CONSTANTS = ("E", "A", "B", "alpha", "beta")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the best size: sizes that are shown beside it."""
 
@@ -42,6 +43,8 @@ class Ladder:
     rungs: list[Rung]
     outcomes: list[Outcome]
     fitted: FittedLaw
+    summed: FittedLaw
+    """The same in the form of Hoffmann et al., a sum of losses, to be read beside published laws."""
 
 
 def scale_recipe(work: Work, seconds: float, *, budget: str | None = None) -> Ladder:
@@ -57,7 +60,8 @@ def scale_recipe(work: Work, seconds: float, *, budget: str | None = None) -> La
     folder.mkdir(exist_ok=True)
     rungs = planned(work, full, seconds, folder / LADDER)
     outcomes = [_one(work, full, rung, folder, f"{number}/{len(rungs)}") for number, rung in enumerate(rungs, start=1)]
-    ladder = Ladder(full, rungs, outcomes, fit_outcomes(outcomes))
+    summed = fit_law(observations(outcomes), power=0.0, powers=(0.0, 0.0))
+    ladder = Ladder(full, rungs, outcomes, fit_outcomes(outcomes), summed)
     whole = full.rung
     curve = forecast(ladder.fitted, outcomes, whole.parameters, whole.tokens, full.unique_tokens)
     write_json(folder / LAW, law_values(ladder))
@@ -113,9 +117,10 @@ def law_values(ladder: Ladder) -> dict[str, Any]:
     fitted = ladder.fitted
     return {
         "law": asdict(fitted.law),
-        "intervals": {name: fitted.interval(attrgetter(name), LEVEL) for name in asdict(fitted.law)},
+        "intervals": {name: fitted.interval(attrgetter(name), LEVEL) for name in CONSTANTS},
         "level": LEVEL,
         "scatter": fitted.scatter,
+        "sum_of_losses": asdict(ladder.summed.law),
         "runs": [
             {"run": rung.name, **{key: value for key, value in asdict(one).items() if key != "looks"}, "loss": one.loss}
             for rung, one in zip(ladder.rungs, ladder.outcomes, strict=True)
@@ -145,12 +150,18 @@ def scale_lines(ladder: Ladder, curve: Forecast, flops: float) -> Iterator[str]:
     full, fitted = ladder.full, ladder.fitted
     law, whole = fitted.law, full.rung
     yield (
-        f"law  L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}  nats a token of "
-        "the held-out rows"
+        f"law  exp({law.power:g} L) = exp({law.power:g} × {law.E:.2f}) + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / "
+        f"D^{law.beta:.3f}  for L in nats a token of the held-out rows"
     )
     between = {name: fitted.interval(attrgetter(name), LEVEL) for name in ("E", "alpha", "beta")}
     spans = ", ".join(f"{name} {low:.2f} to {high:.2f}" for name, (low, high) in between.items())
     yield f"     {100 * LEVEL:.0f} % of the draws: {spans}; the runs lie within {100 * fitted.scatter:.2f} % of it"
+    summed = ladder.summed.law
+    loss = predicted_loss(summed, whole.parameters, whole.tokens, full.unique_tokens)
+    yield (
+        f"     as a sum of losses: L = {summed.E:.3f} + {summed.A:.4g} / N^{summed.alpha:.3f} + {summed.B:.4g} / "
+        f"D^{summed.beta:.3f}, which tells {loss:.3f} for the full run: for small models too much"
+    )
     if ladder.rungs[0].batch_tokens != full.config.batch_size_tokens:
         yield f"     the runs have batches of {ladder.rungs[0].batch_tokens:,} tokens: the recipe's would leave too few steps"
     passes = whole.tokens / full.unique_tokens
@@ -170,7 +181,7 @@ def scale_lines(ladder: Ladder, curve: Forecast, flops: float) -> Iterator[str]:
     yield f"Go on with the recipe itself: its report draws this curve under the real one ({SCALE}/{FORECAST})."
 
 
-def _size_line(law: LossLaw, parameters: float, flops: float, unique_tokens: float, *, is_best: bool) -> str:
+def _size_line(law: PerplexityLaw, parameters: float, flops: float, unique_tokens: float, *, is_best: bool) -> str:
     tokens = flops / 6 / parameters
     loss = predicted_loss(law, parameters, tokens, unique_tokens)
     return (
