@@ -143,6 +143,7 @@ def test_vocabularies_are_compared_at_equal_operations(tmp_path):
     kept = json.loads((runs / "r" / "sweep" / "vocabularies.json").read_text())
     small, large = kept["runs"]
     assert (small["vocabulary"], large["vocabulary"]) == (280, 300) and small["tokens"] > large["tokens"]
+    assert small["flops"] == pytest.approx(kept["flops"], rel=0.03)
     assert small["flops"] == pytest.approx(large["flops"], rel=0.03) and large["bytes_a_token"] > small["bytes_a_token"]
     best = min(kept["runs"], key=lambda one: one["bits_per_byte"])
     assert f"Take {best['vocabulary']:,} ids" in said.out

@@ -1,8 +1,11 @@
 """Where each parameter is cut, by formula, beside what torch's own mesh, sharding and tensor parallelism leave on a rank."""
 
+from math import prod
+
 import pytest
 import torch
 import torch.distributed as dist
+from parallel.tiny_shapes import DENSE
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from groundup.model.causal_lm import CausalLM
@@ -12,17 +15,9 @@ from groundup.parallel.config import ParallelConfig
 from groundup.parallel.cut import Spread, shard_dim, shard_shape
 from groundup.parallel.shards import holding_of, local
 from groundup.parallel.world import World
-from groundup.train.spread_footprint import held_shapes
-from groundup.train.weight_shapes import parameter_shapes
+from groundup.train.spread_footprint import gathered_numbers, held_shapes
+from groundup.train.weight_shapes import block_shapes, parameter_shapes
 
-DENSE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-}
 BIASED = DENSE | {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": False}
 EXPERTS = DENSE | {
     "model_type": "dots1",
@@ -66,12 +61,11 @@ def test_what_the_formula_says_is_what_a_rank_holds(fake_world, shape, parallel)
     shape = ModelConfig(**shape)
     config = ParallelConfig(**{"data_replicate": 1} | parallel)
     per_stage = config.num_ranks // config.pipeline
-    spread = Spread.of(config.degrees, config)
     for place in {0, config.pipeline - 1}:
         if dist.is_initialized():
             dist.destroy_process_group()
         world = fake_world(place * per_stage, parallel)  # the first of the ranks that share a stage: none is larger
-        spread = Spread(**{**vars(spread), "place": place})
+        spread = Spread.of(config.degrees, config, place=place)
         with torch.device("meta"):
             model = CausalLM(shape)
         apply(model, recompute="none", compiles=False, world=world)
@@ -93,3 +87,16 @@ def test_a_stack_that_shards_do_not_divide_is_cut_inside_its_matrices():
     assert shard_dim((6, 32, 16), 8) == 1
     assert shard_dim((6, 30, 16), 8) == 2
     assert shard_dim((6, 30, 15), 8) == 0 and shard_dim((30, 16), 8) == 0
+
+
+def test_what_a_rank_has_gathered_while_it_computes():
+    """Of ZeRO-3 the ends and two blocks; where parameters are in no shards, all that it holds."""
+    shape = ModelConfig(**DENSE)
+    held = held_shapes(parameter_shapes(shape), shape, Spread(data_shard=2))
+    whole, block = (sum(map(prod, sizes)) for sizes in (held.values(), block_shapes(shape, 0).values()))
+    gathered = {
+        shard: gathered_numbers(held, Spread(data_shard=2, shard=shard))
+        for shard in ("optimizer", "gradients", "parameters")
+    }
+    assert gathered == {"optimizer": whole, "gradients": whole, "parameters": whole - 2 * block}
+    assert gathered_numbers(held, Spread()) == 0

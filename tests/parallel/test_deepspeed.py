@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel import work_reshard, work_zero
+from parallel.tiny_shapes import DENSE, EXPERTS, shape_of
 from train import combined_runs
 
 from groundup.base.errors import CheckpointError, ConfigError, DistributedError, DoesNotFit
@@ -30,8 +31,6 @@ from groundup.stages.config import FinetuneConfig
 from groundup.train import resolve
 from groundup.train.combinations import AXES, refuse_clash
 from groundup.train.deepspeed_engine import DeepSpeedEngine
-
-from .test_spread import DENSE, EXPERTS, shape_of
 
 costly = pytest.mark.costly
 needs_deepspeed = pytest.mark.skipif(
@@ -184,6 +183,27 @@ def test_what_it_does_not_train_is_refused(stage, section, shape, precision, com
         resolve._refuse_under_zero(config, experts, stage, precision, compiles=compiles)
     assert then in caught.value.next
     resolve._refuse_under_zero(FinetuneConfig(**lengths | {"adapter": "none"}), None, 3, "bf16", compiles=False)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("optimizer", "muon"),
+        ("optimizer", "adafactor"),
+        ("optimizer", "adamw_8bit"),
+        ("adapter", "qlora"),
+        ("precision", "fp16"),
+    ],
+    ids=" ".join,
+)
+def test_what_shards_of_elements_cannot_hold_is_refused(choice):
+    usual = {axis: values[0] for axis, values in AXES.items()} | {"optimizer": "adamw", "adapter": "none"}
+    usual |= {"precision": "fp32", "device": "cuda", "attention": "sdpa", "data_shard": "on", "ranks": "several"}
+    refuse_clash(usual | {"engine": "deepspeed"})
+    refuse_clash(usual | dict([choice]) | {"engine": "torch", "data_shard": "off"})
+    with pytest.raises(ConfigError, match="E-COMBINATION") as caught:
+        refuse_clash(usual | dict([choice]) | {"engine": "deepspeed", "data_shard": "off"})
+    assert "ZeRO" in caught.value.line()
 
 
 @pytest.mark.parametrize(("world", "error"), [(World(), DoesNotFit), (World(0, 2), DistributedError)])

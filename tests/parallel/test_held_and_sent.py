@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from parallel.tiny_shapes import DENSE, EXPERTS
 
 from groundup.model.config import ModelConfig
 from groundup.optim.config import OptimConfig
@@ -15,22 +16,6 @@ from groundup.train.footprint import Training, footprint, lasting_bytes
 pytestmark = pytest.mark.costly
 WORK = Path(__file__).with_name("work_held.py")
 
-DENSE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-}
-EXPERTS = DENSE | {
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "router_aux_loss_coef": 0.01,
-    "router_aux_loss_scope": "row",
-}
 TWO = [
     (DENSE, {"data_replicate": 2}, "fp32"),
     (DENSE, {"data_shard": 2}, "fp32"),

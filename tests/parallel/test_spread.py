@@ -4,38 +4,18 @@ import types
 from pathlib import Path
 
 import pytest
+from parallel.tiny_shapes import DENSE, EXPERTS, shape_of
 
 from groundup.base.errors import DistributedError
-from groundup.model.config import ModelConfig
 from groundup.proof.spread import table
 from groundup.proof.spread.table import CASES, Case, Result, judge
 from groundup.stages.recipe import load_recipe
 
 pytestmark = pytest.mark.costly
 
-DENSE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-}
-EXPERTS = DENSE | {
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "router_aux_loss_coef": 0.01,
-    "router_aux_loss_scope": "row",
-}
 RARE = {"tensor 2, muon", "tensor 2, bf16", "pipeline 2, muon", "pipeline 2, bf16", "data_shard 2 × tensor 2, muon"}
 """Second and third of a kind: only in the long tests."""
 FAULTS = Path(__file__).with_name("faulty_spread.py")
-
-
-def shape_of(values):
-    return ModelConfig(**values).model_dump(mode="json")
 
 
 def cases_of(num_ranks):

@@ -7,6 +7,7 @@ from groundup.base import machine
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
 from groundup.model.config import ModelConfig
+from groundup.parallel.config import ParallelConfig
 from groundup.parallel.world import World
 from groundup.train import resolve as resolve_module
 from groundup.train.resolve import (
@@ -282,6 +283,9 @@ def test_attention_on_cuda_follows_what_flash_attention_has(
     sizes = {"rows_per_epoch": 10, "matrix_parameters": 1000, "shape": shape_with(head_dim=head_size)}
     config = make_config(device="cuda", precision=precision, attention="auto")
     assert resolve(config, **sizes).attention == attention
+    shared = World(0, 2, num_local=1)
+    shared.spread(ParallelConfig(context=2))
+    assert resolve(config, **sizes, world=shared).attention == "sdpa", "a part of a row has fewer queries than keys"
     if attention == "sdpa" and precision == "bf16":
         with pytest.raises(ConfigError, match=f"E-CONFIG-ATTENTION: attention varlen with heads of {head_size}"):
             resolve(config.model_copy(update={"attention": "varlen"}), **sizes)

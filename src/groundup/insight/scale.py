@@ -60,7 +60,7 @@ def scale_recipe(work: Work, seconds: float, *, budget: str | None = None) -> La
     folder.mkdir(exist_ok=True)
     rungs = planned(work, full, seconds, folder / LADDER)
     outcomes = [_one(work, full, rung, folder, f"{number}/{len(rungs)}") for number, rung in enumerate(rungs, start=1)]
-    summed = fit_law(observations(outcomes), power=0.0, powers=(0.0, 0.0))
+    summed = fit_law(observations(outcomes), power=0.0, powers=(0.0, 0.0), draws=0)
     ladder = Ladder(full, rungs, outcomes, fit_outcomes(outcomes), summed)
     whole = full.rung
     curve = forecast(ladder.fitted, outcomes, whole.parameters, whole.tokens, full.unique_tokens)

@@ -39,8 +39,8 @@ class Spread:
     place: int = 0
 
     @classmethod
-    def of(cls, degrees: Mapping[Dim, int], config: ParallelConfig) -> "Spread":
-        """A recipe's section, its degrees resolved."""
+    def of(cls, degrees: Mapping[Dim, int], config: ParallelConfig, *, place: int = 0) -> "Spread":
+        """A recipe's section, its degrees resolved, for a rank at that place of the pipeline."""
         return cls(
             pipeline=degrees["pipeline"],
             data_replicate=degrees["data_replicate"],
@@ -51,6 +51,7 @@ class Spread:
             shard=config.shard,
             schedule=config.pipeline_schedule,
             cpu_offload=config.cpu_offload,
+            place=place,
         )
 
     @property

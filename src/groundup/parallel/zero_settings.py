@@ -1,13 +1,14 @@
 """DeepSpeed's settings: what the recipe decides, and what a JSON file may add to it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from groundup.base.config import flatten
 from groundup.base.errors import ConfigError
 from groundup.parallel.world import World
 
@@ -123,9 +124,9 @@ def _read(path: str | None, world: World) -> Settings:
 
 def _refuse(own: Mapping[str, Any], said: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for the first key of a file that contradicts the recipe, or does nothing here."""
-    recipe = dict(_leaves(said))
+    recipe = flatten(said)
     known = sorted(FREE | recipe.keys() | ELSEWHERE.keys() | OFFLOADS.keys())
-    for name, value in _leaves(own):
+    for name, value in flatten(own).items():
         if value == AUTO or name in FREE or (name in recipe and recipe[name] == value):
             continue
         if name not in recipe and name.startswith(MOOT):
@@ -152,15 +153,6 @@ def _refuse(own: Mapping[str, Any], said: Mapping[str, Any], where: str) -> None
                 where=where,
                 next=f"leave it out; the nearest known is {get_close_matches(name, known, 1, 0.0)[0]}",
             )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value by its dotted name."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _without_auto(values: Mapping[str, Any]) -> Settings:

@@ -127,14 +127,7 @@ def resolve(
     """
     world = world or World()
     num_ranks, num_local, mesh = world.size, world.num_local, world.mesh
-    if config.batch_size_tokens % config.row_length:
-        nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
-        raise ConfigError(
-            "E-CONFIG-BATCH",
-            what=f"batch_size_tokens={config.batch_size_tokens} is not a multiple of row_length={config.row_length}",
-            next=f"use {nearest}",
-        )
-    batch_rows = config.batch_size_tokens // config.row_length
+    batch_rows = _batch_rows(config)
     device = device_of(config)
     if device == "cuda" and num_local > torch.cuda.device_count():
         raise ConfigError(
@@ -235,6 +228,18 @@ def _kept(config: TrainConfig, device: str, num_ranks: int, before: Mapping[str,
         for name, settings in PINNED.items()
         if name in before and changed.isdisjoint(settings) and (is_same_world or name not in SHARED)
     }
+
+
+def _batch_rows(config: TrainConfig) -> int:
+    """Rows of a step. Raises ConfigError for a batch that they do not divide."""
+    if config.batch_size_tokens % config.row_length:
+        nearest = max(1, round(config.batch_size_tokens / config.row_length)) * config.row_length
+        raise ConfigError(
+            "E-CONFIG-BATCH",
+            what=f"batch_size_tokens={config.batch_size_tokens} is not a multiple of row_length={config.row_length}",
+            next=f"use {nearest}",
+        )
+    return config.batch_size_tokens // config.row_length
 
 
 def _precision(config: TrainConfig, device: str) -> str:

@@ -46,8 +46,8 @@ def local_shapes(
         whole = {
             name for name in found if name.endswith("e_score_correction_bias")
         }  # no gradient moves it: in no shard
-    spread = Spread.of(config.degrees, config)
-    held = held_shapes(parameter_shapes(shape), shape, Spread(**{**vars(spread), "place": place}))
+    spread = Spread.of(config.degrees, config, place=place)
+    held = held_shapes(parameter_shapes(shape), shape, spread)
     planned = {name: size if name in whole else shard_shape(size, spread) for name, size in held.items()}
     odd = next((name for name in sorted(found.keys() | planned.keys()) if not _fits(found, planned, name)), None)
     if odd is not None:

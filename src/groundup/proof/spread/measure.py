@@ -45,8 +45,7 @@ def measure(
     world.spread(ParallelConfig(**parallel))
     mesh = world.mesh
     check_mesh(mesh.degrees, subject.config, row_length=ROW_LENGTH, has_adapter=False)
-    spread = Spread.of(mesh.degrees, world.parallel)
-    spread = Spread(**{**vars(spread), "place": mesh.coordinates["pipeline"]})
+    spread = Spread.of(mesh.degrees, world.parallel, place=mesh.coordinates["pipeline"])
     training = Training(
         rows=rows,
         row_length=ROW_LENGTH,
