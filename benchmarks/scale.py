@@ -25,7 +25,7 @@ from groundup.base.files import write_json  # noqa: E402
 from groundup.base.log import Log  # noqa: E402
 from groundup.base.signals import stop_request  # noqa: E402
 from groundup.cli import errors_as_lines  # noqa: E402
-from groundup.insight.fit import FittedLaw, predicted_loss  # noqa: E402
+from groundup.insight.fit import FittedLaw  # noqa: E402
 from groundup.insight.forecast import Forecast, fit_outcomes, forecast  # noqa: E402
 from groundup.insight.ladder import FullRun, rungs_below  # noqa: E402
 from groundup.insight.rungs import Outcome, full_run, outcome_of, run_rung  # noqa: E402
@@ -112,10 +112,8 @@ def cells(
 ) -> dict[str, str]:
     """The row."""
     whole = full.rung
-    law = fitted.law
     curve = [abs(loss / _near(came, share) - 1) for share, loss in zip(told.shares, told.loss, strict=True)]
     best_known = min(outcomes, key=lambda one: one.loss).loss
-    assert predicted_loss(law, whole.parameters, whole.tokens, full.unique_tokens) == told.loss[-1]
     return {
         "ladder": f"{len(outcomes)} runs",
         "target": f"{whole.parameters / 1e6:.2f} M on {whole.tokens / 1e6:.2f} M ({whole.tokens / full.unique_tokens:.2f} passes)",
