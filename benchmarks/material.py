@@ -20,6 +20,9 @@ from groundup.tokenizer.config import TokenizerConfig
 
 FOLDER = Path("runs") / ".benchmarks"
 SHAPES = {
+    "1M": ModelConfig(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2
+    ),
     "5M": ModelConfig(
         hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2
     ),
@@ -30,7 +33,8 @@ SHAPES = {
         hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=6
     ),
 }
-"""30M is the shape of the comparisons with other projects: 8 layers of 512, rows of 512 tokens, 16 of them a step."""
+"""1M is that of the quickstart; 30M that of the comparisons with other projects: 8 layers of 512, rows of 512 tokens, 16
+of them a step."""
 SAME_FIELDS = (
     "hidden_size",
     "intermediate_size",

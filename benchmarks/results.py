@@ -26,6 +26,14 @@ def add_row(heading: str, command: str, cells: Mapping[str, str], page: Path = P
         file.write(f"{before}{found}{section}{border}{rest}".encode())
 
 
+def read_rows(heading: str, page: Path = PAGE) -> list[dict[str, str]]:
+    """The rows of the table under a heading, oldest first, by column; none where there is no such table."""
+    _, _, after = page.read_text(encoding="utf-8").partition(f"## {heading}\n")
+    lines = [line for line in after.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
 def this_machine() -> str:
     """Processor, cores and torch's version, in a few words."""
     facts = machine.describe()

@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks import material  # noqa: E402
-from benchmarks.results import add_row  # noqa: E402
+from benchmarks.results import add_row, this_machine  # noqa: E402
 from benchmarks.sides import train_ours, train_theirs  # noqa: E402
 from benchmarks.turns import Figures, measure_in_turn, run_worker  # noqa: E402
 from groundup.data.packing import PackedDocuments  # noqa: E402
@@ -83,6 +83,7 @@ def trainer(wanted: argparse.Namespace) -> Figures:
             warmup_steps=max(1, num_steps // 50),
             weight_decay=0.1,
             adam_beta2=0.95,
+            torch_compile=wanted.compile_theirs,
         )
 
     _, seconds = train(PROBE_STEPS)
@@ -118,12 +119,12 @@ def measured(model: CausalLM, work: Work, wanted: argparse.Namespace, seconds: f
     }
 
 
-def planned(minutes: float, rates: list[float], seeds: int) -> list[dict[str, float | str]]:
+def planned(minutes: float, rates: list[float], shares: list[float], seeds: int) -> list[dict[str, float | str]]:
     """The runs of a budget: the Trainer's sweep, and ours at shares of the minutes."""
     runs: list[dict[str, float | str]] = []
     for seed in range(seeds):
         runs += [{"worker": "trainer", "minutes": minutes, "lr": rate, "seed": seed} for rate in rates]
-        runs += [{"worker": "ours", "minutes": round(minutes * share, 3), "lr": 0.0, "seed": seed} for share in SHARES]
+        runs += [{"worker": "ours", "minutes": round(minutes * share, 3), "lr": 0.0, "seed": seed} for share in shares]
     return runs
 
 
@@ -137,7 +138,11 @@ def main() -> int:
     parser.add_argument("--source", default=material.default_source())
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="the Trainer's learning rates")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the minutes that ours is given")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--compile-theirs", action="store_true", help="the Trainer compiled; ours as compile: auto says"
+    )
     parser.add_argument("--lr", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", choices=("ours", "trainer"))
@@ -145,24 +150,27 @@ def main() -> int:
     if run_worker({"ours": ours, "trainer": trainer}, wanted):
         return 0
     material.prepared(wanted.source, wanted.vocab)
-    rates = [float(rate) for rate in wanted.rates.split(",")]
+    rates, shares = ([float(one) for one in text.split(",")] for text in (wanted.rates, wanted.shares))
     done = [json.loads(line) for line in JOURNAL.read_text().splitlines()] if JOURNAL.exists() else []
     found: list[Figures] = []
-    for run in planned(wanted.minutes, rates, wanted.seeds):
-        name = {**run, "shape": wanted.shape, "source": wanted.source, "vocab": wanted.vocab}
+    extra = ["--compile-theirs"] if wanted.compile_theirs else []
+    for run in planned(wanted.minutes, rates, shares, wanted.seeds):
+        name = {**run, "shape": wanted.shape, "source": wanted.source, "vocab": wanted.vocab, "machine": this_machine()}
+        if extra and run["worker"] == "trainer":
+            name["compiled"] = True
         earlier = [entry["figures"] for entry in done if entry["run"] == name]
         if not earlier:
             common = ["--shape", wanted.shape, "--source", wanted.source, "--vocab", str(wanted.vocab)]
             options = [part for key, value in run.items() for part in (f"--{key}", str(value))]
-            earlier = measure_in_turn({"run": ["benchmarks.time_to_quality", *common, *options]}, 1)["run"]
+            earlier = measure_in_turn({"run": ["benchmarks.time_to_quality", *common, *options, *extra]}, 1)["run"]
             with JOURNAL.open("a") as file:
                 file.write(json.dumps({"run": name, "figures": earlier[0]}) + "\n")
         found += earlier
-    add_row("Time to quality", "python -m benchmarks.time_to_quality", cells_of(found, wanted))
+    add_row("Time to quality", "python -m benchmarks.time_to_quality", cells_of(found, wanted, shares))
     return 0
 
 
-def cells_of(found: list[Figures], wanted: argparse.Namespace) -> dict[str, str]:
+def cells_of(found: list[Figures], wanted: argparse.Namespace, shares: list[float]) -> dict[str, str]:
     """The row: the Trainer's best rate, ours at each share, and the smallest share that is no worse."""
 
     def mean(who: str, key: str, value: float) -> float:
@@ -171,12 +179,13 @@ def cells_of(found: list[Figures], wanted: argparse.Namespace) -> dict[str, str]
     rates = sorted({run["lr"] for run in found if run["who"] == "trainer"})
     best = min(rates, key=lambda rate: mean("trainer", "lr", rate))
     theirs = mean("trainer", "lr", best)
-    shares = {share: mean("ours", "minutes", round(wanted.minutes * share, 3)) for share in SHARES}
-    enough = min((share for share, figure in shares.items() if figure <= theirs), default=math.inf)
+    reached = {share: mean("ours", "minutes", round(wanted.minutes * share, 3)) for share in shares}
+    enough = min((share for share, figure in reached.items() if figure <= theirs), default=math.inf)
     return {
-        "shape, minutes": f"{wanted.shape}, {wanted.minutes:g} min, {wanted.seeds} seeds",
+        "shape, minutes": f"{wanted.shape}, {wanted.minutes:g} min, {wanted.seeds} seed{'s' * (wanted.seeds > 1)}"
+        + (", Trainer compiled" if wanted.compile_theirs else ""),
         "Trainer by rate": ", ".join(f"{rate:g}: {mean('trainer', 'lr', rate):.3f}" for rate in rates),
-        "ours by share of the time": ", ".join(f"{share:.0%}: {figure:.3f}" for share, figure in shares.items()),
+        "ours by share of the time": ", ".join(f"{share:.0%}: {figure:.3f}" for share, figure in reached.items()),
         "share ours needs": f"**{enough:.0%}**" if enough <= 1 else "more than 100 %",
     }
 

@@ -40,6 +40,19 @@ def test_loss_and_gradients_equal_those_of_full_logits(monkeypatch, dtype, ignor
         torch.testing.assert_close(found, wanted, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 7, 33, 1000])
+def test_the_head_s_gradient_in_bf16_is_that_of_all_rows_however_many_are_gathered(monkeypatch, rows):
+    """Chunks of at most four rows, gathered up to `rows` of them for one product."""
+    h_BTD, weight_VD, labels_BT = random_case(torch.bfloat16, ignored=0.0)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50 * 4)
+    monkeypatch.setattr(loss, "GATHERED_BYTES", 50 * rows * 2)
+    sums = linear_cross_entropy(h_BTD, weight_VD, labels_BT)
+    found = torch.autograd.grad(sums.loss_sum, weight_VD)[0]
+    full = F.cross_entropy(h_BTD.float().flatten(0, 1) @ weight_VD.float().t(), labels_BT.flatten(), reduction="sum")
+    wanted = torch.autograd.grad(full, weight_VD)[0]
+    assert (found.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm()
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_no_label_at_all_costs_nothing(dtype):
     h_BTD, weight_VD, labels_BT = random_case(dtype, ignored=2.0)

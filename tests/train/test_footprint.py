@@ -87,7 +87,7 @@ def saved_bytes(model, rows, length):
 
 
 def planned_bytes(shape, training):
-    head = 0 if training.adapter else shape.vocab_size * shape.hidden_size * 4
+    head = 0 if training.adapter else shape.vocab_size * shape.hidden_size * training.item  # one product for all rows
     return activation_bytes(shape, training) + training.tokens * shape.hidden_size * training.item + head
 
 

@@ -1,6 +1,7 @@
 """The one loss: cross-entropy of next tokens, computed in chunks of rows so that full logits never exist."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ NLL, EXPERT_LOAD = "nll", "expert_load"
 Z_LOSS, SMOOTHING_LOSS = "z_loss", "smoothing_loss"
 CHUNK_ELEMENTS = 1 << 21
 """Logits in one chunk: 8 MB in fp32, which stays in a CPU's last-level cache."""
+GATHERED_BYTES = 1 << 24
+"""Gradients of logits in 16 bits that wait for one product with their hidden states."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +92,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs_h, needs_weight, *_ = ctx.needs_input_grad
         grad_h_ND = torch.empty_like(h_ND) if needs_h else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        head = _HeadGradient(h_ND, weight_VD) if needs_weight else None
         terms = {
             name: torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
             for name in (NLL, *options.terms())
         }
         gradient_of = _logits_gradient if shard is None else partial(_own_logits_gradient, shard)
-        rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-        for begin in range(0, len(labels_N), rows):
-            h_CD, labels_C1 = h_ND[begin : begin + rows], labels_N[begin : begin + rows, None]
-            chunk = {name: values_N[begin : begin + rows, None] for name, values_N in terms.items()}
-            grad_CV = gradient_of((h_CD @ weight_VD.t()).float(), labels_C1, chunk, options)
+        for begin, end in _even_parts(len(labels_N), max(1, CHUNK_ELEMENTS // weight_VD.shape[0])):
+            labels_C1 = labels_N[begin:end, None]
+            chunk = {name: values_N[begin:end, None] for name, values_N in terms.items()}
+            grad_CV = gradient_of((h_ND[begin:end] @ weight_VD.t()).float(), labels_C1, chunk, options)
             if not (needs_h or needs_weight):
                 continue
             if grad_scale != 1.0:
                 grad_CV *= grad_scale
-            grad_CV = grad_CV.to(h_ND.dtype)
+            grad_CV = grad_CV.to(h_ND.dtype) if head is None else head.add(grad_CV, begin)
             if grad_h_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_h_ND[begin : begin + rows])
-            if grad_weight_VD is not None:
-                if h_CD.dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_CV.t(), h_CD)
-                else:
-                    grad_weight_VD += grad_CV.t() @ h_CD
-        ctx.save_for_backward(grad_h_ND, grad_weight_VD)
+                torch.mm(grad_CV, weight_VD, out=grad_h_ND[begin:end])
+        ctx.save_for_backward(grad_h_ND, None if head is None else head.total())
         ctx.weight_dtype, ctx.grad_scale = weight_VD.dtype, grad_scale
         ctx.mark_non_differentiable(*terms.values())
         return _objective(terms, options), *terms.values()
@@ -122,13 +119,61 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         grad_sum = grad_sum / ctx.grad_scale
         return (
-            None if grad_h_ND is None else grad_h_ND * grad_sum.to(grad_h_ND.dtype),
+            None if grad_h_ND is None else grad_h_ND * grad_sum,
             None if grad_weight_VD is None else (grad_weight_VD * grad_sum).to(ctx.weight_dtype),
             None,
             None,
             None,
             None,
         )
+
+
+class _HeadGradient:
+    """g^T h over all rows, from chunks g of the gradient by the logits.
+
+    In fp32 each chunk is added in place. A product in 16 bits adds nothing up in fp32, and a pass over a gradient of the
+    head's size costs as much as a chunk's product: chunks are gathered first, most often those of a whole micro-batch.
+    """
+
+    def __init__(self, h_ND: Tensor, weight_VD: Tensor) -> None:
+        self._h_ND, self._weight_VD = h_ND, weight_VD
+        self._sum_VD: Tensor | None = None
+        self._gathered_MV: Tensor | None = None
+        self._first = self._end = 0
+
+    def add(self, grad_CV: Tensor, begin: int) -> Tensor:
+        """Add the chunk of rows from `begin` on, the one before it having been added; gives it back in the dtype of h."""
+        end = begin + len(grad_CV)
+        if self._h_ND.dtype == torch.float32:
+            if self._sum_VD is None:
+                self._sum_VD = torch.zeros_like(self._weight_VD)
+            self._sum_VD.addmm_(grad_CV.t(), self._h_ND[begin:end])
+            return grad_CV
+        if self._gathered_MV is None or end - self._first > len(self._gathered_MV):
+            self._multiply()
+            num_rows = max(len(grad_CV), GATHERED_BYTES // (grad_CV.shape[1] * self._h_ND.element_size()))
+            self._gathered_MV = self._h_ND.new_empty(min(num_rows, len(self._h_ND) - begin), grad_CV.shape[1])
+            self._first = begin
+        self._end = end
+        return self._gathered_MV[begin - self._first : end - self._first].copy_(grad_CV)
+
+    def total(self) -> Tensor:
+        """The sum (V, D); zeros where there was no row."""
+        self._multiply()
+        return torch.zeros_like(self._weight_VD) if self._sum_VD is None else self._sum_VD
+
+    def _multiply(self) -> None:
+        if self._gathered_MV is None:
+            return
+        gathered_MV, h_MD = self._gathered_MV[: self._end - self._first], self._h_ND[self._first : self._end]
+        product_VD, self._gathered_MV = gathered_MV.t() @ h_MD, None
+        self._sum_VD = product_VD if self._sum_VD is None else self._sum_VD.float().add_(product_VD)
+
+
+def _even_parts(length: int, most: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of as few parts of at most `most` as there can be; none of them is a small rest."""
+    num_parts = -(-length // most)
+    yield from itertools.pairwise(length * number // num_parts for number in range(num_parts + 1)) if length else ()
 
 
 def _logits_gradient(logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, Tensor], options: LossOptions) -> Tensor:

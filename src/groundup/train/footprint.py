@@ -32,6 +32,7 @@ NF4_BYTES = 0.52
 UNPACKING_BYTES = 12
 """What a weight in 4 bits takes while it is unpacked for a product."""
 LOGITS_IN_A_CHUNK = 1 << 21
+GATHERED_BYTES = 1 << 24
 """As in model/loss.py."""
 QUERIES_IN_A_CHUNK = 256
 """As in model/makers.py."""
@@ -403,15 +404,21 @@ class Block:
 
 
 def logits_bytes(shape: ModelConfig, training: Training) -> int:
-    """A chunk of logits with its gradient, and what the one loss keeps: gradients of its input and of the head."""
+    """A chunk of logits with its gradient, and what the one loss keeps: gradients of its input and of the head, for which
+    16-bit chunks are gathered."""
     if not is_last(training.spread):
         return 0
     vocab = Sizes(local_model(shape, training.spread)).vocab
     chunk = min(training.tokens, max(1, LOGITS_IN_A_CHUNK // vocab)) * vocab
     kept = training.tokens * shape.hidden_size * training.item
-    head = vocab * shape.hidden_size * FP32 if training.adapter is None else 0
     passes = int(in_flight(training.spread, training.num_micro_batches))
-    return passes * (kept + head) + max(chunk * (2 * FP32 + (training.item if training.item != FP32 else 0)), head)
+    if training.item == FP32 or training.adapter is not None:
+        head = vocab * shape.hidden_size * FP32 if training.adapter is None else 0
+        return passes * (kept + head) + max(chunk * (2 * FP32 + (training.item if training.item != FP32 else 0)), head)
+    whole = training.tokens * vocab * training.item
+    gathered = min(whole, max(GATHERED_BYTES, chunk * training.item))
+    head = vocab * shape.hidden_size * (training.item if gathered == whole else FP32)
+    return passes * (kept + head) + gathered + max(chunk * 2 * FP32, head)
 
 
 def _backward_bytes(shape: ModelConfig, training: Training) -> int:
