@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from benchmarks.results import read_rows
 from groundup.base.files import atomic_write
 
 PICTURE = Path("docs/benchmarks.svg")
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "groundup", "font.size": 10.5, "font.family": "sans-serif"}
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "groundup", "font.size": 10.5, "font.family": "sans-serif"}
 OURS, THEIRS, GOAL, INK = "#2563eb", "#9ca3af", "#b45309", "#374151"
 
 
