@@ -964,6 +964,7 @@ def _run_command(given: Sequence[str]) -> None:
                 # not through cyclopts: rendering so many lines there takes as long as everything else
                 print(_stage_help(*STAGE_COMMANDS[arguments[0]][1]))
         except CycloptsError as error:
-            raise ConfigError(
-                "E-CLI", what=" ".join(str(error).split()).rstrip("."), next="see `groundup --help`"
-            ) from None
+            words = " ".join(str(error).split()).partition(" Available commands:")[0]
+            what, _, nearest = words.partition(" Did you mean ")
+            advice = f"did you mean {nearest} See `groundup --help`" if nearest else "see `groundup --help`"
+            raise ConfigError("E-CLI", what=what.rstrip("."), next=advice) from None

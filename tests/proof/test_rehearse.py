@@ -81,6 +81,7 @@ def test_the_mesh_runs_small_and_all_is_said(recipe, capsys):
     main(["launch", recipe(TINY), "--rehearse"])
     out = capsys.readouterr().out
     assert "tiny: pretrain on 2 ranks: data_shard 2" in out and "tiny: sft on 2 ranks: data_shard 2" in out
+    assert "G parameters" not in out and "0.03 M parameters" in out and ", 1 micro-batch of 4 × 32 a rank" in out
     for stage, held in (("pretrain", 50), ("sft", 50)):
         (line,) = [line for line in out.splitlines() if line.startswith(f"  {stage}, data_shard 2")]
         assert "saved in" in line and f"holds {held}%" in line and "PASS" in line, out

@@ -24,6 +24,13 @@ def find_model(model: str) -> Path:
     for folder in (path, *(path / name for name in LAST_FIRST), *(Path("runs") / model / name for name in LAST_FIRST)):
         if (folder / "config.json").is_file():
             return folder
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            "E-MODEL-NONE",
+            what="an adapter alone is no model",
+            where=path,
+            next=f"merge it: `groundup merge {path} --base MODEL --to FOLDER`",
+        )
     raise ConfigError(
         "E-MODEL-NONE", what=f"no model at {model!r}", next="give a model directory, a run's folder or its name"
     )

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from groundup.base import machine
+from groundup.base.amounts import counted
 from groundup.base.artifact import StageKey, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError
@@ -154,10 +155,10 @@ def describe_run(name: str, training: TrainingRun, num_parameters: int, num_acti
     epochs = resolved.total_steps * resolved.batch_rows / rows_per_epoch
     at_work = f" ({num_active:,} at work for a token)" if num_active < num_parameters else ""
     return (
-        f"{name}  {num_parameters:,} parameters{at_work}  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "
+        f"{name}  {num_parameters:,} parameters{at_work}  {counted(resolved.total_steps, 'step')} of {config.batch_size_tokens:,} tokens "
         f"({epochs:.2f} epochs)  {resolved.device} {resolved.precision} {resolved.attention}, "
-        f"{resolved.num_lanes} micro-batch{'es' if resolved.num_lanes > 1 else ''} of {resolved.micro_batch_rows} × "
+        f"{counted(resolved.num_lanes, 'micro-batch', 'micro-batches')} of {resolved.micro_batch_rows} × "
         f"{config.row_length} at once, "
-        f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.num_threads} threads"
+        f"{'compiled' if resolved.compile else 'not compiled'}, {counted(resolved.num_threads, 'thread')}"
         f"{f', {resolved.num_ranks} ranks' if resolved.num_ranks > 1 else ''}{_rates_found(training)}"
     )

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from groundup.base.amounts import counted
 from groundup.base.errors import ConfigError, DistributedError, DoesNotFit
 from groundup.base.log import Log
 from groundup.checkpoint.huggingface import read_model_config
@@ -139,10 +140,13 @@ def planned_lines(name: str, section: Rehearsal, limit: int | None) -> Iterator[
     shape, training, parallel = section.shape, section.training, section.parallel
     degrees = " × ".join(f"{dim} {degree}" for dim, degree in parallel.degrees.items() if degree > 1) or "no mesh"
     yield f"{name}: {section.stage} on {parallel.num_ranks:,} ranks: {degrees}"
+    size = num_parameters(shape)
     yield (
-        f"  {shape.model_type}, {shape.num_hidden_layers} layers of {shape.hidden_size:,}, {num_parameters(shape) / 1e9:.2f} G "
-        f"parameters; {training.device} {training.precision}, attention {training.attention}, {training.num_micro_batches} "
-        f"micro-batches of {training.rows} × {training.row_length} a rank and step"
+        f"  {shape.model_type}, {counted(shape.num_hidden_layers, 'layer')} of {shape.hidden_size:,}, "
+        f"{f'{size / 1e9:.2f} G' if size >= 1e8 else f'{size / 1e6:.2f} M'} parameters; "
+        f"{training.device} {training.precision}, attention {training.attention}, "
+        f"{counted(training.num_micro_batches, 'micro-batch', 'micro-batches')} of {training.rows} × "
+        f"{training.row_length} a rank and step"
     )
     place_ranks = parallel.num_ranks // parallel.pipeline
     for place in sorted({0, parallel.pipeline - 1}):
