@@ -24,6 +24,11 @@ class Piece:
         return self.shape == self.whole
 
     @property
+    def slices(self) -> tuple[slice, ...]:
+        """Its place in the whole, to index it with."""
+        return tuple(slice(at, at + size) for at, size in zip(self.begin, self.shape, strict=True))
+
+    @property
     def num_elements(self) -> int:
         return prod(self.shape)
 
