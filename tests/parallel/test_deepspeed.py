@@ -387,8 +387,8 @@ class Saved:
         written = [[f"model-{n}", list(piece.begin), list(piece.shape)] for n, piece in enumerate(self.pieces)]
         return {"model": {"w": {"whole": list(self.pieces[0].whole), "can_be_cut": True, "pieces": written}}}
 
-    def tensors(self, name):
-        return self.tensors_of[name]
+    def each_tensor(self, name, wanted):
+        return ((key, tensor) for key, tensor in self.tensors_of[name].items() if key in wanted)
 
 
 def cut(whole, piece):
