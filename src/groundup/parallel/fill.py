@@ -1,17 +1,12 @@
 """A model that was built and cut on the meta device, where tensors have shapes and no memory, gets its weights: each rank
 its own part of each parameter, and no rank the whole model."""
 
-from collections.abc import Callable, Iterable, Mapping
-
 import torch
 from torch import Tensor
 
-from groundup.base.piece import Piece
+from groundup.base.piece import Piece, Weights
 from groundup.model.causal_lm import CausalLM
 from groundup.parallel.mesh import Mesh
-
-Weights = Callable[[Mapping[str, Piece]], Iterable[tuple[str, Tensor]]]
-"""Where values come from: given the piece of each parameter that is wanted, each by its name, one after the other."""
 
 
 def fill(model: CausalLM, weights: Weights, mesh: Mesh, *, device: str) -> None:

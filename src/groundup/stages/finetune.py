@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from groundup.adapters.files import read_adapter
+from groundup.adapters.lora import for_wrapped
 from groundup.base import machine
 from groundup.base.artifact import StageKey, read_manifest, write_summary
 from groundup.base.config import numerics
@@ -55,7 +56,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         work.log.say(f"{stage}  unchanged  {summary['chats']:,} chats")
         return summary
     tokenizer = tokenizer_beside(base)
-    model, weights = base_to_train(base, has_adapter=config.adapter != "none")
+    model, weights = base_to_train(base, is_whole=config.needs_whole_base)
     num_parameters = model.num_parameters()
     tokenizer = with_new_tokens(work, config, attempt.folder, tokenizer, model.model.embed_tokens.num_embeddings)
     padding = model.model.embed_tokens.num_embeddings - tokenizer.vocab_size
@@ -94,7 +95,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         run_id=run.run_id,
         key=attempt.key.flat(),
         log=work.log,
-        weights=weights,
+        weights=weights if weights is None or adaptation is None else for_wrapped(weights),
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
         audit=audit,

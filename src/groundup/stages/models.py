@@ -50,10 +50,12 @@ def tokenizer_beside(folder: Path) -> TextTokenizer:
     return tokenizer
 
 
-def base_to_train(folder: Path, *, has_adapter: bool) -> tuple[CausalLM, FolderWeights | None]:
-    """A model to go on training, its values still in the files where they are read piece by piece; an adapter is put onto a
-    base that stands whole. Raises CheckpointError for weights that are not the model's."""
-    if has_adapter:
+def base_to_train(folder: Path, *, is_whole: bool) -> tuple[CausalLM, FolderWeights | None]:
+    """A model to go on training: whole, or without memory, and beside it what gives each rank its part of the values.
+
+    Raises CheckpointError for weights that are not the model's.
+    """
+    if is_whole:
         return load_model(folder), None
     model = CausalLM.without_memory(read_model_config(folder))
     return model, FolderWeights(folder, model)

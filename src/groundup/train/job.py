@@ -11,9 +11,9 @@ from torch import Tensor
 
 from groundup.base.errors import GroundupError
 from groundup.base.log import Log
+from groundup.base.piece import Weights
 from groundup.data.rows import RowSource
 from groundup.model.causal_lm import CausalLM
-from groundup.parallel.fill import Weights
 from groundup.parallel.world import World
 from groundup.train.config import TrainConfig
 from groundup.train.resolve import Resolved

@@ -1,9 +1,10 @@
 """What a training section decides about its model, before an optimizer is made for it."""
 
+from groundup.base.piece import Weights
 from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import LossOptions
 from groundup.parallel.apply import apply
-from groundup.parallel.fill import Weights, fill
+from groundup.parallel.fill import fill
 from groundup.parallel.mesh import Mesh
 from groundup.parallel.world import World
 from groundup.train.config import TrainConfig
