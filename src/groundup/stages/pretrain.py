@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from groundup.base import machine
 from groundup.base.amounts import counted
@@ -18,6 +17,7 @@ from groundup.data.mixture import MixedRows
 from groundup.generate.text import continue_text
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.model.initial import InitialWeights
 from groundup.stages.text_rows import (
     describe_mixture,
     hashes_of,
@@ -55,8 +55,8 @@ def pretrain(work: Work) -> dict[str, Any]:
     shape = resolve_vocabulary(shape, tokenizer)
     rows = open_rows(sources, config, seed=recipe.seed, vocab_size=tokenizer.vocab_size, log=work.log)
     check_positions(shape, config.row_length)
-    model = CausalLM(shape)
-    model.initialize(torch.Generator().manual_seed(derive_seed(recipe.seed, "weights")))
+    model = CausalLM.without_memory(shape)
+    weights = InitialWeights(model, shape, seed=derive_seed(recipe.seed, "weights"))
     if work.world.is_first:
         write_json(run.path / "machine.json", machine.describe())
     batch_rows = max(1, config.batch_size_tokens // config.row_length)
@@ -76,6 +76,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         sample=lambda live, prompt: continue_text(
             live, tokenizer, prompt, max_new_tokens=config.sample_tokens, seed=recipe.seed
         ),
+        weights=weights,
         token_bytes=np.load(work.path("tokenizer") / "token_bytes.npy"),
         world=work.world,
         is_strict=work.is_strict,

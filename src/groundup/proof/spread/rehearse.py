@@ -30,6 +30,7 @@ from groundup.stages.recipe import Recipe
 from groundup.train.fit import easier, fitting_rows, memory_of_a_rank, training_of
 from groundup.train.footprint import FP32, Footprint, Training, rank_footprint
 from groundup.train.resolve import CUDA_MICRO_BATCH_TOKENS, DTYPES
+from groundup.train.spread_footprint import numbers_at_start
 from groundup.train.spread_traffic import step_payload
 from groundup.train.weight_shapes import num_parameters, parameter_shapes
 
@@ -197,9 +198,11 @@ def _memory_lines(section: Rehearsal, limit: int | None) -> Iterator[str]:
         num_bytes = getattr(places[worst], field.name)
         if field.name != "start" and num_bytes >= totals[worst] / 1000:
             yield f"    {field.name:<12} {num_bytes / 1e9:>10,.3f} GB"
-    start = FP32 * num_parameters(section.shape)
     if training.device == "cuda":
-        yield f"    at the start every rank builds the model whole, in {start / 1e9:,.2f} GB of its host's memory"
+        own, in_hand = numbers_at_start(section.shape, training.spread, training.adapter)
+        what = "the largest tensor, whole" if own else "the model, whole"
+        if in_hand:
+            yield f"    at the start each rank has {FP32 * in_hand / 1e9:,.2f} GB in its host's memory: {what}"
     if limit is not None and not fits:
         for words, easy in easier(section.shape, training):
             if max(_totals(section.shape, easy)) <= limit:
