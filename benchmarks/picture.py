@@ -17,7 +17,12 @@ from benchmarks.results import read_rows
 from groundup.base.files import atomic_write
 
 PICTURE = Path("docs/benchmarks.svg")
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "groundup", "font.size": 10.5, "font.family": "sans-serif"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "groundup",
+    "font.size": 10.5,
+    "font.family": "sans-serif",
+}
 OURS, THEIRS, GOAL, INK = "#2563eb", "#9ca3af", "#b45309", "#374151"
 
 

@@ -39,7 +39,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 
 
 def ours(wanted: argparse.Namespace) -> Figures:
-    """Muon and AdamW with linear decay, packed rows with walls."""
+    """What `groundup init` writes: Muon and AdamW at `lr: auto` with linear decay, packed rows with walls."""
     work = material.prepared(wanted.source, wanted.vocab)
     shape = material.shape_of(wanted.shape, wanted.vocab)
     source = PackedDocuments(material.store_of(work, "train"), row_length=ROW_LENGTH, seed=wanted.seed)
@@ -173,13 +173,17 @@ def main() -> int:
 def cells_of(found: list[Figures], wanted: argparse.Namespace, shares: list[float]) -> dict[str, str]:
     """The row: the Trainer's best rate, ours at each share, and the smallest share that is no worse."""
 
-    def mean(who: str, key: str, value: float) -> float:
-        return statistics.mean(run["bits_per_byte"] for run in found if run["who"] == who and run[key] == value)
+    def mean(who: str, key: str, value: float, figure: str = "bits_per_byte") -> float:
+        return statistics.mean(run[figure] for run in found if run["who"] == who and run[key] == value)
 
     rates = sorted({run["lr"] for run in found if run["who"] == "trainer"})
     best = min(rates, key=lambda rate: mean("trainer", "lr", rate))
     theirs = mean("trainer", "lr", best)
-    reached = {share: mean("ours", "minutes", round(wanted.minutes * share, 3)) for share in shares}
+    # of the time that the Trainer took: a run that compiles is sooner done than its eager steps foretold
+    whole = mean("trainer", "lr", best, "seconds")
+    reached = {}
+    for minutes in (round(wanted.minutes * share, 3) for share in shares):
+        reached[mean("ours", "minutes", minutes, "seconds") / whole] = mean("ours", "minutes", minutes)
     enough = min((share for share, figure in reached.items() if figure <= theirs), default=math.inf)
     return {
         "shape, minutes": f"{wanted.shape}, {wanted.minutes:g} min, {wanted.seeds} seed{'s' * (wanted.seeds > 1)}"
