@@ -9,6 +9,7 @@ is a line of a journal: the same command goes on where it was stopped.
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -49,10 +50,9 @@ def ours(wanted: argparse.Namespace) -> Figures:
             duration=f"{num_steps} steps",
             row_length=ROW_LENGTH,
             batch_size_tokens=BATCH_TOKENS,
-            lr=1e-2,
-            muon_lr=0.03,
+            lr=os.environ.get("TLR") and float(os.environ["TLR"]) or "auto",
+            muon_lr=os.environ.get("TMLR") and float(os.environ["TMLR"]) or "auto",
             schedule="linear",
-            lr_floor=0.0,
         )
         model, timing = train_ours(config, shape, source, seed=wanted.seed)
         return model, [line["elapsed_seconds"] for line in timing]
