@@ -9,14 +9,13 @@ is a line of a journal: the same command goes on where it was stopped.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
 
-from groundup.base.machine import prepare_process
+from benchmarks.turns import Figures, measure_in_turn, prepare, run_worker
 
-prepare_process()
+prepare()
 
 import numpy as np  # noqa: E402
 from torch import nn  # noqa: E402
@@ -24,7 +23,6 @@ from torch import nn  # noqa: E402
 from benchmarks import material  # noqa: E402
 from benchmarks.results import add_row, this_machine  # noqa: E402
 from benchmarks.sides import train_ours, train_theirs  # noqa: E402
-from benchmarks.turns import Figures, measure_in_turn, run_worker  # noqa: E402
 from groundup.data.packing import PackedDocuments  # noqa: E402
 from groundup.model.causal_lm import CausalLM  # noqa: E402
 from groundup.stages.work import Work  # noqa: E402
@@ -50,8 +48,8 @@ def ours(wanted: argparse.Namespace) -> Figures:
             duration=f"{num_steps} steps",
             row_length=ROW_LENGTH,
             batch_size_tokens=BATCH_TOKENS,
-            lr=os.environ.get("TLR") and float(os.environ["TLR"]) or "auto",
-            muon_lr=os.environ.get("TMLR") and float(os.environ["TMLR"]) or "auto",
+            lr="auto",
+            muon_lr="auto",
             schedule="linear",
         )
         model, timing = train_ours(config, shape, source, seed=wanted.seed)

@@ -10,16 +10,16 @@ import statistics
 import sys
 import time
 
-from groundup.base.machine import has_compiler, has_fast_bf16, prepare_process
+from benchmarks.turns import Figures, measure_in_turn, median_of, prepare, ratios, run_worker
+from groundup.base.machine import has_compiler, has_fast_bf16
 
-prepare_process()
+prepare()
 
 import torch  # noqa: E402
 
 from benchmarks import material  # noqa: E402
 from benchmarks.results import add_row  # noqa: E402
 from benchmarks.sides import train_ours, train_theirs  # noqa: E402
-from benchmarks.turns import Figures, measure_in_turn, median_of, ratios, run_worker  # noqa: E402
 from groundup.data.packing import PackedDocuments  # noqa: E402
 from groundup.model.config import ModelConfig  # noqa: E402
 from groundup.train.config import TrainConfig  # noqa: E402
