@@ -269,11 +269,11 @@ class CausalLM(nn.Module):
         )
 
     def fuse_for_reading(self) -> None:
-        """Lay weights that read the same input side by side, for `token_reader`; names, shapes and values stay.
+        """Lay weights as `token_reader` reads them fastest; names, shapes and values stay.
 
         For a model that is read and no longer trained.
         """
-        fuse_for_reading(block for block in self.model.layers if isinstance(block, Block))
+        fuse_for_reading((block for block in self.model.layers if isinstance(block, Block)), self.lm_head)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Give every parameter its first random values, one after the other."""
