@@ -235,9 +235,9 @@ def _lay_side_by_side(parts: Sequence[Tensor]) -> None:
         return
     sizes = [len(part) for part in parts]
     if parts[0].dim() == 2 and not parts[0].is_cuda:
-        places = [place.t() for place in torch.cat([part.t() for part in parts], dim=1).split(sizes, dim=1)]
+        places = [place.t() for place in torch.split(torch.cat([part.t() for part in parts], dim=1), sizes, dim=1)]
     else:
-        places = list(torch.cat(list(parts)).split(sizes))
+        places = list(torch.split(torch.cat(list(parts)), sizes))
     for part, place in zip(parts, places, strict=True):
         part.data = place
 
