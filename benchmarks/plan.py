@@ -188,7 +188,7 @@ def write_page(outcomes: list[Outcome], page: Path = PAGE) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     before, _, after = page.read_text(encoding="utf-8").partition(f"{MEASURED}\n")
     rest = after.partition("\n## ")
-    page.write_text(before + "\n".join(lines) + "\n" + "".join(rest[1:]), encoding="utf-8")
+    page.write_text(before.rstrip() + "\n\n" + "\n".join(lines) + "\n" + "".join(rest[1:]), encoding="utf-8")
 
 
 def judge(outcomes: list[Outcome]) -> bool:

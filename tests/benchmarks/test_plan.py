@@ -59,10 +59,11 @@ def test_what_was_measured_is_kept_case_by_case(tmp_path):
 
 def test_the_page_has_a_row_a_case(tmp_path):
     page = tmp_path / "plan.md"
-    page.write_text("# Plans\n\n## Measured\n\nold\n\n## After\n\nstays\n")
+    page.write_text("# Plans\n## Measured\n\nold\n\n## After\n\nstays\n")
     for _ in range(2):
         write_page([made_up(0, probed=[0.1], taken=[0.08]), made_up(2)], page)
     text = page.read_text()
+    assert text.startswith("# Plans\n\n## Measured\n")
     assert text.count("## Measured") == 1 and "old" not in text and text.endswith("\n## After\n\nstays\n")
     assert "| tiny, micro_batch_rows 8 | 0 MB | 0 MB | +0.0 % | 100 ms | 80 ms | +25.0 % |" in text
     assert "micro_batch_rows 4 (held out) | 0 MB | 0 MB | +0.0 % |  |  |  |" in text

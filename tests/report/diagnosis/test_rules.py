@@ -236,6 +236,14 @@ def test_nothing_is_learned_by_heart_in_a_first_pass(made):
     assert "over-fits" not in made.names()
 
 
+@pytest.mark.parametrize(("rates", "is_named"), [((1.0, 0.3, 0.2, 0.3), True), ((1.0, 0.3, 0.3, 1.0), False)])
+def test_answers_that_stop_at_the_last_look_do_stop(made_sft, rates, is_named):
+    looked = [line for line in made_sft.metrics if "val" in line][-len(rates) :]
+    for line, rate in zip(looked, rates, strict=True):
+        line["audit"] = {"stop_rate": rate}
+    assert ("never-stops" in made_sft.names()) == is_named
+
+
 def test_the_step_to_go_back_to_and_the_documents_are_named(made):
     learns_by_heart(made)
     assert "step 80" in made.found()[0].finding.next
