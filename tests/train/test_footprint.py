@@ -276,7 +276,7 @@ def test_what_is_there_while_a_model_gets_its_weights():
     spread = Spread(data_shard=2)
     assert numbers_at_start(shape, Spread(), None) == (whole, largest)
     assert numbers_at_start(shape, spread, None) == (whole // 2, largest)
-    assert numbers_at_start(shape, spread, lora) == (whole // 2 + added + added // 2, 0)
+    assert numbers_at_start(shape, spread, lora) == (whole // 2 + added // 2, 0)
     assert numbers_at_start(shape, Spread(), lora) == (whole + added, 0)
     assert numbers_at_start(shape, spread, dora) == numbers_at_start(shape, replace(spread, by_deepspeed=True), None)
     assert numbers_at_start(shape, spread, dora) == (0, whole)

@@ -85,6 +85,7 @@ def for_wrapped(weights: Weights) -> Weights:
         names = {plain_name(name): name for name in pieces}
         for name, part in weights({plain: pieces[name] for plain, name in names.items()}):
             yield names[name], part
+            del part  # before the next one is made
 
     return give
 

@@ -17,26 +17,16 @@ def fill(model: CausalLM, weights: Weights, mesh: Mesh, *, device: str) -> None:
     """
     assert not any(buffer.is_meta for buffer in model.buffers()), "nobody would give a buffer its values"
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    made: dict[Tensor, Tensor] = {}
-
-    def allocated(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return tensor
-        if tensor not in made:  # a tied one is met twice
-            made[tensor] = torch.empty_like(tensor, device=device)
-        return made[tensor]
-
-    model._apply(allocated)  # type: ignore[no-untyped-call]
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+    )
     model.tie_weights()
-    made.clear()
     parameters = dict(model.named_parameters())
     pieces = {name: Piece.of_whole(tuple(parameters[name].shape)) for name in empty}
     targets: dict[str, Tensor] = {name: parameters[name] for name in empty}
     if mesh.is_sharded:
-        from groundup.parallel.shards import (
-            holding_of,
-            local,
-        )  # late: torch's distributed tensors take a second to import
+        # late: torch's distributed tensors take a second to import
+        from groundup.parallel.shards import holding_of, local
 
         pieces = {name: holding_of(parameters[name], mesh).piece for name in empty}
         targets = {name: local(parameters[name].detach()) for name in empty}

@@ -55,10 +55,8 @@ def numbers_at_start(shape: ModelConfig, spread: Spread, adapter: AdapterConfig 
         return 0, num_parameters(shape)
     whole = parameter_shapes(shape)
     own = sum(prod(shard_shape(size, spread)) for size in held_shapes(whole, shape, spread).values())
-    if adapter is not None:
-        added = sum(map(prod, trained_shapes(shape, adapter).values()))
-        # whole until they are cut, and as long after that as Python does not look for what nobody has
-        return own + added + (added // spread.data_shard if spread.data_shard > 1 else 0), 0
+    if adapter is not None:  # which is whole before the base has memory
+        return own + -(-sum(map(prod, trained_shapes(shape, adapter).values())) // spread.data_shard), 0
     return own, max(map(prod, whole.values()))
 
 

@@ -47,5 +47,7 @@ def _is_gone(reference: StorageWeakRef) -> bool:
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
     for value in tree_leaves(values):
-        if isinstance(value, Tensor) and not value.is_meta:
+        if isinstance(value, torch.UntypedStorage):  # of a mapped file, which a tensor is set to
+            yield value
+        elif isinstance(value, Tensor) and not value.is_meta:
             yield local(value).untyped_storage()
