@@ -50,7 +50,7 @@ def _refuse_other(run: Path) -> None:
             "E-RUN-NONE",
             what="a file, perhaps a recipe, not a run",
             where=run,
-            next=f"of a recipe tell `groundup plan {run}` and `groundup doctor numerics {run}`; give a run's folder here",
+            next=f"of a recipe tell `groundup plan {run}` and `groundup doctor {run}`; give a run's folder here",
         )
     if not (run / "recipe.yaml").is_file():
         raise ConfigError(
