@@ -23,7 +23,7 @@ check: $(STAMP)  ## what stands before every commit: style, types, layers, unit 
 
 bench: $(STAMP)  ## every comparison with a peer on this machine; rows go to docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	for name in startup generation data train_step time_to_quality; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in startup generation data train_step compiling time_to_quality picture; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import material
 from benchmarks.results import add_row
+from benchmarks.turns import ENVIRONMENT
 from groundup.adapters.config import AdapterConfig
 from groundup.adapters.files import save_adapter
 from groundup.adapters.lora import MARK, inject_lora, target_modules
@@ -215,7 +216,8 @@ def main() -> None:
     figures = {}
     for side in ("ours", "theirs"):
         command = [sys.executable, "-m", "benchmarks.against_trl", *sys.argv[1:], "--model", str(model), "--side", side]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+        environment = dict(os.environ) if side == "ours" else ENVIRONMENT
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         figures[side] = json.loads(ended.stdout.strip().splitlines()[-1])
         print(f"{side}  {figures[side]['tokens_per_second']:,.0f} tokens/s  losses "
               + " ".join(f"{loss:.4f}" for loss in figures[side]["losses"][:: max(1, flags.steps // 8)]))  # fmt: skip

@@ -38,7 +38,7 @@ from groundup.stages.run import run_stages
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
-HELD_OUT = 300
+HELD_OUT = 401
 MEASURED = "## Measured"
 PAGE = Path("docs/diagnosis.md")
 PIECE_BYTES = {"library": 4096, "ragged": 4096, "few": 1024}

@@ -4,13 +4,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-from groundup.base.machine import prepare_process
+from benchmarks.turns import Figures, measure_in_turn, median_of, prepare, ratios, run_worker
 
-prepare_process()
+prepare()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -22,74 +21,84 @@ from groundup.generate.generator import complete  # noqa: E402
 from groundup.model.causal_lm import CausalLM  # noqa: E402
 
 PROMPT_TOKENS = 32
+PROMPTS = (1, 8)
+REPEATS = 5
 
 
 def main() -> int:
-    """Both in one process, in turn, on the same weights; greedy outputs must be equal."""
+    """Each side in processes of its own, in turn, on the same weights; greedy outputs must be equal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="30M", choices=tuple(material.SHAPES))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", choices=("ours", "theirs"))
     wanted = parser.parse_args()
-    material.use_all_cores()
-    ours, theirs = both_models(wanted.shape)
+    if run_worker({"ours": ours, "theirs": theirs}, wanted):
+        return 0
+    common = ["benchmarks.generation", "--shape", wanted.shape, "--tokens", str(wanted.tokens)]
+    found = measure_in_turn({side: [*common, "--worker", side] for side in ("ours", "theirs")}, wanted.rounds)
+    assert all(mine["ids"] == other["ids"] for mine, other in zip(found["ours"], found["theirs"], strict=True))
     cells = {"shape": f"{wanted.shape}, fp32, {wanted.tokens} tokens"}
-    for num_prompts in (1, 8):
-        prompts = torch.randint(1, 6400, (num_prompts, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-        config = SamplingConfig(temperature=0.0, max_new_tokens=wanted.tokens)
-        sides = {
-            "ours": partial(generate_ours, ours, prompts, config),
-            "theirs": partial(generate_theirs, theirs, prompts, wanted.tokens),
-        }
-        assert sides["ours"]() == sides["theirs"](), "greedy outputs differ"
-        seconds = in_turn(sides, wanted.rounds)
-        rate = {name: num_prompts * wanted.tokens / statistics.median(found) for name, found in seconds.items()}
-        share = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
-        cells[f"{num_prompts} prompt{'s' if num_prompts > 1 else ''}: tokens/s, ours / transformers"] = (
-            f"{rate['ours']:,.0f} / {rate['theirs']:,.0f} = **{share:.2f}**"
-        )
+    for count in PROMPTS:
+        rates = " / ".join(f"{median_of(found[side], f'rate {count}'):,.0f}" for side in ("ours", "theirs"))
+        share = statistics.median(ratios(found["ours"], found["theirs"], f"rate {count}"))
+        plural = "s" if count > 1 else ""
+        cells[f"{count} prompt{plural}: tokens/s, ours / transformers"] = f"{rates} = **{share:.2f}**"
     add_row("Generation", "python -m benchmarks.generation", cells)
     print("\n".join(f"{name}: {value}" for name, value in cells.items()))
     return 0
 
 
-def generate_ours(model: CausalLM, prompts: Tensor, config: SamplingConfig) -> list[list[int]]:
-    """New tokens of each prompt, ours."""
-    return [completion.ids for completion in complete(model, prompts.tolist(), config, [])]
+def ours(wanted: argparse.Namespace) -> Figures:
+    """Ours, its weights laid out for reading."""
+    model = made(wanted.shape)
+    model.fuse_for_reading()
+    config = SamplingConfig(temperature=0.0, max_new_tokens=wanted.tokens)
+    return measured(lambda prompts: [one.ids for one in complete(model, prompts.tolist(), config, [])], wanted)
 
 
-def generate_theirs(model: Any, prompts: Tensor, num_tokens: int) -> list[list[int]]:
-    """New tokens of each prompt, theirs."""
-    mask = torch.ones_like(prompts)
-    found = model.generate(prompts, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
-    new: list[list[int]] = found[:, PROMPT_TOKENS:].tolist()
-    return new
-
-
-def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def both_models(shape_name: str) -> tuple[CausalLM, Any]:
-    """The same random weights in ours and in transformers' model."""
+def theirs(wanted: argparse.Namespace) -> Figures:
+    """transformers."""
     import transformers
 
-    shape = material.shape_of(shape_name, 6400)
-    ours = CausalLM(shape)
-    ours.initialize(torch.Generator().manual_seed(0))
-    theirs = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**material.same_fields(shape), eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    shape = material.shape_of(wanted.shape, 6400)
+    config = transformers.Qwen3Config(
+        **material.same_fields(shape), eos_token_id=None, bos_token_id=None, pad_token_id=0
     )
-    theirs.load_state_dict(ours.state_dict())
-    ours.fuse_for_reading()
-    return ours.eval(), theirs.eval()
+    model: Any = transformers.Qwen3ForCausalLM(config)
+    model.load_state_dict(made(wanted.shape).state_dict())
+    model.eval()
+
+    def generate(prompts: Tensor) -> list[list[int]]:
+        mask = torch.ones_like(prompts)
+        found = model.generate(prompts, attention_mask=mask, max_new_tokens=wanted.tokens, do_sample=False)
+        new: list[list[int]] = found[:, PROMPT_TOKENS:].tolist()
+        return new
+
+    return measured(generate, wanted)
+
+
+def made(shape_name: str) -> CausalLM:
+    """The same random weights on both sides."""
+    model = CausalLM(material.shape_of(shape_name, 6400))
+    model.initialize(torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def measured(generate: Callable[[Tensor], list[list[int]]], wanted: argparse.Namespace) -> Figures:
+    """Tokens a second for each number of prompts, the first call left out, and what was generated."""
+    material.use_all_cores()
+    figures: Figures = {"ids": []}
+    for count in PROMPTS:
+        prompts = torch.randint(1, 6400, (count, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+        figures["ids"].append(generate(prompts))
+        seconds = []
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            generate(prompts)
+            seconds.append(time.perf_counter() - began)
+        figures[f"rate {count}"] = count * wanted.tokens / statistics.median(seconds)
+    return figures
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ from benchmarks.results import read_rows
 from groundup.base.files import atomic_write
 
 PICTURE = Path("docs/benchmarks.svg")
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "groundup", "font.size": 10.5, "font.family": "sans-serif"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "groundup",
+    "font.size": 10.5,
+    "font.family": "sans-serif",
+}
 OURS, THEIRS, GOAL, INK = "#2563eb", "#9ca3af", "#b45309", "#374151"
 
 
@@ -46,7 +51,8 @@ def newest(heading: str, column: str) -> dict[str, dict[str, str]]:
 def figures() -> list[Figured]:
     """What has a goal."""
     found = []
-    for shape, row in newest("Train step", "shape").items():
+    by_size = sorted(newest("Train step", "shape").items(), key=lambda pair: int(pair[0].partition("M")[0]))
+    for shape, row in by_size:
         name = shape.split(",")[0]
         found.append(Figured(f"train step, {name}: × Trainer", number_in(row["ratio of the rounds"]), 1.3, "×"))
         share = number_in(row["share of the matrix peak"], r"^(\d+)%")
@@ -68,8 +74,9 @@ def draw_figures(axes: Axes, found: list[Figured]) -> None:
         axes.barh(place, one.value / one.goal, color=OURS if one.value >= one.goal else THEIRS, height=0.62)
         text = f"{one.value:.0f} %" if one.unit == "%" else f"{one.value:.2f}{one.unit}"
         goal = f"{one.goal:.0f} %" if one.unit == "%" else f"{one.goal:g}{one.unit}"
-        axes.text(one.value / one.goal + 0.03, place, f"{text} (goal {goal})", va="center", fontsize=9, color=INK)
-    axes.axvline(1.0, color=GOAL, linewidth=1.2)
+        end = axes.text(one.value / one.goal + 0.03, place, f"{text} (goal {goal})", va="center", fontsize=9, color=INK)
+        end.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
+    axes.axvline(1.0, color=GOAL, linewidth=1.2, zorder=0.5)
     axes.set_yticks(range(len(found)), [one.name for one in reversed(found)])
     axes.set_xlim(0, max(one.value / one.goal for one in found) * 1.35)
     axes.set_xlabel("measured ÷ goal")
@@ -78,9 +85,8 @@ def draw_figures(axes: Axes, found: list[Figured]) -> None:
 
 def draw_time(axes: Axes) -> None:
     """Bits per byte against minutes: groundup at shares of each budget, the Trainer's best rate at all of it."""
-    rows = newest("Time to quality", "shape, minutes")
-    for row in rows.values():
-        minutes = number_in(row["shape, minutes"], r"([\d.]+) min")
+    by_minutes = {number_in(row["shape, minutes"], r"([\d.]+) min"): row for row in read_rows("Time to quality")}
+    for minutes, row in by_minutes.items():
         shares = re.findall(r"(\d+)%: ([\d.]+)", row["ours by share of the time"])
         best = min(float(one) for one in re.findall(r": ([\d.]+)", row["Trainer by rate"]))
         times = [minutes * float(share) / 100 for share, _ in shares]

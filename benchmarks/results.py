@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from groundup.base import machine
+from groundup.base.amounts import counted
 from groundup.base.files import atomic_write
 
 PAGE = Path("docs/benchmarks.md")
@@ -38,4 +39,4 @@ def this_machine() -> str:
     """Processor, cores and torch's version, in a few words."""
     facts = machine.describe()
     kind = "bf16 products" if machine.has_fast_bf16() else "no bf16 products"
-    return f"{facts['cpu'] or platform.processor()}, {facts['cores']} cores, {kind}, torch {facts['packages']['torch']}"
+    return f"{facts['cpu'] or platform.processor()}, {counted(facts['cores'], 'core')}, {kind}, torch {facts['packages']['torch']}"

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from benchmarks.results import this_machine
 from groundup.base.files import atomic_write
 from groundup.model.config import ModelConfig
 from groundup.optim.config import OptimConfig
-from groundup.parallel.config import DIMS, ParallelConfig
+from groundup.parallel.config import DIMS, ZERO_STAGES, ParallelConfig
 from groundup.parallel.cut import Spread
 from groundup.parallel.traffic import sent_bytes
 from groundup.proof.rank_server import RankGroup
-from groundup.proof.spread import measure
+from groundup.proof.spread import measure, zero_held
 from groundup.train.flops import step_flops
 from groundup.train.footprint import Training, footprint
 from groundup.train.spread_traffic import step_payload
@@ -183,11 +184,30 @@ def measured_rows() -> Iterator[tuple[str, str]]:
             plain = ModelConfig.model_validate(shape).model_dump(mode="json")
             answers = groups[num_ranks].run(measure.__name__, "measure", plain, parallel, "adamw", "fp32")
             values = [answer["value"] for answer in answers]
-            held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
-            off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
-            parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
-            row = f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
-            yield row, "\n".join(_sent_rows(name, values))
+            yield _held_row(name, num_ranks, values), "\n".join(_sent_rows(name, values))
+
+
+def zero_rows() -> Iterator[str]:
+    """Of each stage of DeepSpeed's ZeRO a row of what is held."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        groups = {num: stack.enter_context(RankGroup(Path(folder) / f"meet-{num}", num)) for num in (2, 4)}
+        plain = ModelConfig.model_validate(MEASURED).model_dump(mode="json")
+        for num_ranks, precision in ((2, "fp32"), (2, "bf16"), (4, "bf16")):
+            for shard, stage in ZERO_STAGES.items():
+                parallel = {"engine": "deepspeed", "shard": shard, "data_shard": num_ranks}
+                answers = groups[num_ranks].run(zero_held.__name__, "zero_held", plain, parallel, precision)
+                error = next((answer["error"] for answer in answers if "error" in answer), None)
+                if error is not None:
+                    raise SystemExit(error)
+                name = f"DeepSpeed ZeRO-{stage}, {precision}"
+                yield _held_row(name, num_ranks, [answer["value"] for answer in answers])
+
+
+def _held_row(name: str, num_ranks: int, values: list[dict[str, Any]]) -> str:
+    held, planned = ([sum(value[key].values()) for value in values] for key in ("held", "held by formula"))
+    off = max(abs(a / b - 1) for a, b in zip(held, planned, strict=True))
+    parts = ", ".join(f"{values[0]['held'][part] / 1e6:.2f}" for part in ("weights", "gradients", "optimizer"))
+    return f"| {name} | {num_ranks} | {parts} | {max(held) / 1e6:.2f} | {max(planned) / 1e6:.2f} | {100 * off:.2f} % |"
 
 
 def _sent_rows(name: str, values: list[dict[str, Any]]) -> Iterator[str]:
@@ -212,21 +232,30 @@ def main() -> int:
     """Write the tables; exit code 1 where a rank holds 5 % more or less than the formula says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").partition(",")[0])
     parser.add_argument("--paper", action="store_true", help="only what is computed")
+    parser.add_argument("--deepspeed", action="store_true", help="only what DeepSpeed holds, which has to be installed")
     wanted = parser.parse_args()
-    put_table(PAGE, "paper", list(paper_rows()))
-    if wanted.paper:
-        return 0
-    found = list(measured_rows())
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     where = f"{date}, {this_machine()}, gloo"
     held = [
         "| kind | ranks | weights, gradients, optimizer MB | a rank MB | formula MB | off |",
         "|---|---|---|---|---|---|",
     ]
+    if wanted.deepspeed:
+        rows = list(zero_rows())
+        put_table(PAGE, "zero", [f"{where}, deepspeed {metadata.version('deepspeed')}:", "", *held, *rows])
+        return _is_off(rows)
+    put_table(PAGE, "paper", list(paper_rows()))
+    if wanted.paper:
+        return 0
+    found = list(measured_rows())
     put_table(PAGE, "held", [f"{where}:", "", *held, *(row for row, _ in found)])
     sent = ["| kind | dimension, message | counted MB | formula MB | off |", "|---|---|---|---|---|"]
     put_table(PAGE, "sent", [f"{where}:", "", *sent, *(row for _, row in found)])
-    return int(any(float(row.split("|")[-2].rstrip("% ")) > 5 for row, _ in found))
+    return _is_off([row for row, _ in found])
+
+
+def _is_off(rows: list[str]) -> int:
+    return int(any(float(row.split("|")[-2].rstrip("% ")) > 5 for row in rows))
 
 
 if __name__ == "__main__":

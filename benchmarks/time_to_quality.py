@@ -9,14 +9,13 @@ is a line of a journal: the same command goes on where it was stopped.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
 
-from groundup.base.machine import prepare_process
+from benchmarks.turns import Figures, measure_in_turn, prepare, run_worker
 
-prepare_process()
+prepare()
 
 import numpy as np  # noqa: E402
 from torch import nn  # noqa: E402
@@ -24,7 +23,6 @@ from torch import nn  # noqa: E402
 from benchmarks import material  # noqa: E402
 from benchmarks.results import add_row, this_machine  # noqa: E402
 from benchmarks.sides import train_ours, train_theirs  # noqa: E402
-from benchmarks.turns import Figures, measure_in_turn, run_worker  # noqa: E402
 from groundup.data.packing import PackedDocuments  # noqa: E402
 from groundup.model.causal_lm import CausalLM  # noqa: E402
 from groundup.stages.work import Work  # noqa: E402
@@ -40,7 +38,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 
 
 def ours(wanted: argparse.Namespace) -> Figures:
-    """Muon and AdamW with linear decay, packed rows with walls."""
+    """What `groundup init` writes: Muon and AdamW at `lr: auto` with linear decay, packed rows with walls."""
     work = material.prepared(wanted.source, wanted.vocab)
     shape = material.shape_of(wanted.shape, wanted.vocab)
     source = PackedDocuments(material.store_of(work, "train"), row_length=ROW_LENGTH, seed=wanted.seed)
@@ -50,8 +48,8 @@ def ours(wanted: argparse.Namespace) -> Figures:
             duration=f"{num_steps} steps",
             row_length=ROW_LENGTH,
             batch_size_tokens=BATCH_TOKENS,
-            lr=os.environ.get("TLR") and float(os.environ["TLR"]) or "auto",
-            muon_lr=os.environ.get("TMLR") and float(os.environ["TMLR"]) or "auto",
+            lr="auto",
+            muon_lr="auto",
             schedule="linear",
         )
         model, timing = train_ours(config, shape, source, seed=wanted.seed)
@@ -173,13 +171,17 @@ def main() -> int:
 def cells_of(found: list[Figures], wanted: argparse.Namespace, shares: list[float]) -> dict[str, str]:
     """The row: the Trainer's best rate, ours at each share, and the smallest share that is no worse."""
 
-    def mean(who: str, key: str, value: float) -> float:
-        return statistics.mean(run["bits_per_byte"] for run in found if run["who"] == who and run[key] == value)
+    def mean(who: str, key: str, value: float, figure: str = "bits_per_byte") -> float:
+        return statistics.mean(run[figure] for run in found if run["who"] == who and run[key] == value)
 
     rates = sorted({run["lr"] for run in found if run["who"] == "trainer"})
     best = min(rates, key=lambda rate: mean("trainer", "lr", rate))
     theirs = mean("trainer", "lr", best)
-    reached = {share: mean("ours", "minutes", round(wanted.minutes * share, 3)) for share in shares}
+    # of the time that the Trainer took: a run that compiles is sooner done than its eager steps foretold
+    whole = mean("trainer", "lr", best, "seconds")
+    reached = {}
+    for minutes in (round(wanted.minutes * share, 3) for share in shares):
+        reached[mean("ours", "minutes", minutes, "seconds") / whole] = mean("ours", "minutes", minutes)
     enough = min((share for share, figure in reached.items() if figure <= theirs), default=math.inf)
     return {
         "shape, minutes": f"{wanted.shape}, {wanted.minutes:g} min, {wanted.seeds} seed{'s' * (wanted.seeds > 1)}"

@@ -10,16 +10,16 @@ import statistics
 import sys
 import time
 
-from groundup.base.machine import has_compiler, has_fast_bf16, prepare_process
+from benchmarks.turns import Figures, measure_in_turn, median_of, prepare, ratios, run_worker
+from groundup.base.machine import has_compiler, has_fast_bf16
 
-prepare_process()
+prepare()
 
 import torch  # noqa: E402
 
 from benchmarks import material  # noqa: E402
 from benchmarks.results import add_row  # noqa: E402
 from benchmarks.sides import train_ours, train_theirs  # noqa: E402
-from benchmarks.turns import Figures, measure_in_turn, median_of, ratios, run_worker  # noqa: E402
 from groundup.data.packing import PackedDocuments  # noqa: E402
 from groundup.model.config import ModelConfig  # noqa: E402
 from groundup.train.config import TrainConfig  # noqa: E402
@@ -30,7 +30,7 @@ WARM_STEPS = 2
 def ours(wanted: argparse.Namespace) -> Figures:
     """Our loop: packed rows with walls, its own choices for everything that is `auto`."""
     work = material.prepared(wanted.source, wanted.vocab)
-    shape = material.shape_of(wanted.shape, wanted.vocab)
+    shape = material.shape_of(wanted.shape[0], wanted.vocab)
     config = TrainConfig(
         duration=f"{wanted.steps + WARM_STEPS} steps",
         row_length=material.ROW_LENGTH,
@@ -49,7 +49,7 @@ def trainer(wanted: argparse.Namespace) -> Figures:
     """transformers Trainer on rows of the same tokens."""
     work = material.prepared(wanted.source, wanted.vocab)
     rows = material.rows_of(material.store_of(work, "train"), material.ROW_LENGTH, seed=0)
-    shape = material.shape_of(wanted.shape, wanted.vocab)
+    shape = material.shape_of(wanted.shape[0], wanted.vocab)
     before = matrix_peak(shape)
     _, seconds = train_theirs(
         shape,
@@ -92,25 +92,36 @@ def matrix_peak(shape: ModelConfig) -> float:
 
 
 def main() -> int:
-    """Measure, print the ratios, add a row to docs/benchmarks.md."""
+    """Measure, print the ratios, add a row to docs/benchmarks.md for each shape."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", default="30M", choices=tuple(material.SHAPES))
+    parser.add_argument("--shape", nargs="+", default=["5M", "30M", "100M"], choices=tuple(material.SHAPES))
     parser.add_argument("--source", default=material.default_source())
     parser.add_argument("--vocab", type=int, default=6400)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--micros", default="4,16", help="micro-batches of the Trainer to try")
     parser.add_argument("--compile", action="store_true", help="in a worker: compile")
-    parser.add_argument("--try-compile", action="store_true", help="the Trainer also compiled; ours compiled, too")
+    parser.add_argument(
+        "--eager", action="store_true", help="compile neither side; else the Trainer is tried both ways"
+    )
     parser.add_argument("--micro", type=int, default=16)
     parser.add_argument("--worker", choices=("ours", "trainer"))
     wanted = parser.parse_args()
     if run_worker({"ours": ours, "trainer": trainer}, wanted):
         return 0
     material.prepared(wanted.source, wanted.vocab)
-    common = ["benchmarks.train_step", "--shape", wanted.shape, "--source", wanted.source]
+    for shape in wanted.shape:
+        cells = compared(shape, wanted)
+        add_row("Train step", "python -m benchmarks.train_step", cells)
+        print("\n".join(f"{name}: {value}" for name, value in cells.items()))
+    return 0
+
+
+def compared(shape: str, wanted: argparse.Namespace) -> dict[str, str]:
+    """One shape: ours and the Trainer at each of its settings, in turn."""
+    common = ["benchmarks.train_step", "--shape", shape, "--source", wanted.source]
     common += ["--vocab", str(wanted.vocab), "--steps", str(wanted.steps)]
-    compiled = ["--compile"] if wanted.try_compile and has_compiler() else []
+    compiled = ["--compile"] if not wanted.eager and has_compiler() else []
     workers = {"ours": [*common, "--worker", "ours", *compiled]}
     for micro in wanted.micros.split(","):
         for extra in [[], compiled] if compiled else [[]]:
@@ -119,18 +130,19 @@ def main() -> int:
     found = measure_in_turn(workers, wanted.rounds)
     best = max((name for name in found if name != "ours"), key=lambda name: median_of(found[name], "tokens_per_second"))
     share = ratios(found["ours"], found[best], "tokens_per_second")
-    cells = {
-        "shape": f"{wanted.shape}, {'bf16' if has_fast_bf16() else 'fp32'}{', compiled' if compiled else ''}",
+
+    def both(figure: str, form: str) -> str:
+        return " / ".join(format(median_of(found[name], figure), form) for name in ("ours", best))
+
+    return {
+        "shape": f"{shape}, {'bf16' if has_fast_bf16() else 'fp32'}{', compiled' if compiled else ''}",
         "tokens/s, ours": f"{median_of(found['ours'], 'tokens_per_second'):,.0f}",
         f"Trainer (best of {len(found) - 1} settings)": f"{median_of(found[best], 'tokens_per_second'):,.0f} ({best})",
         "ratio of the rounds": f"**{statistics.median(share):.2f}** ({', '.join(f'{one:.2f}' for one in share)})",
-        "share of the matrix peak": f"{median_of(found['ours'], 'peak_fraction'):.0%} / {median_of(found[best], 'peak_fraction'):.0%}",
-        "peak memory GB": f"{median_of(found['ours'], 'peak_memory_gb'):.2f} / {median_of(found[best], 'peak_memory_gb'):.2f}",
-        "first step s": f"{median_of(found['ours'], 'first_step_seconds'):.1f} / {median_of(found[best], 'first_step_seconds'):.1f}",
+        "share of the matrix peak": both("peak_fraction", ".0%"),
+        "peak memory GB": both("peak_memory_gb", ".2f"),
+        "first step s": both("first_step_seconds", ".1f"),
     }
-    add_row("Train step", "python -m benchmarks.train_step", cells)
-    print("\n".join(f"{name}: {value}" for name, value in cells.items()))
-    return 0
 
 
 if __name__ == "__main__":

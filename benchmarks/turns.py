@@ -2,13 +2,26 @@
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from groundup.base.machine import prepare_process
+
 Figures = dict[str, Any]
+PEERS = ("trainer", "theirs")
+"""Names of workers that are another project."""
+ENVIRONMENT = dict(os.environ)
+"""As the user has it: what `prepare` sets in one process is not handed to another project's."""
+
+
+def prepare() -> None:
+    """The settings of our processes, before torch is imported; a peer's worker runs as its users run it."""
+    if not set(PEERS) & set(sys.argv):
+        prepare_process()
 
 
 def measure_in_turn(workers: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[Figures]]:
@@ -19,7 +32,9 @@ def measure_in_turn(workers: Mapping[str, Sequence[str]], rounds: int) -> dict[s
     found: dict[str, list[Figures]] = {name: [] for name in workers}
     for number in range(rounds):
         for name, arguments in workers.items():
-            process = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+            process = subprocess.run(
+                [sys.executable, "-m", *arguments], capture_output=True, text=True, env=ENVIRONMENT
+            )
             if process.returncode:
                 raise RuntimeError(f"{name} ended with {process.returncode}: {process.stderr[-2000:]}")
             found[name].append(json.loads(process.stdout.strip().rpartition("\n")[2]))

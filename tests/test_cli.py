@@ -139,7 +139,9 @@ def test_a_recipe_without_the_section_a_stage_needs(recipe, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["prtrain", "r.yaml"], ("prtrain",)),
+        (["prtrain", "r.yaml"], ('Unknown command "prtrain". Did you mean "pretrain"? See `groundup --help`',)),
+        (["zzz", "r.yaml"], ('Unknown command "zzz". See `groundup --help`',)),
+        (["report", "r.yaml"], ("perhaps a recipe", "groundup plan r.yaml", "groundup doctor r.yaml")),
         (["clean"], ("recipe requires an argument. See",)),
         (["clean", "r.yaml", "--pretrain.lrr", "1"], ("'pretrain.lrr'", "'lr'", "command line --pretrain.lrr")),
         (["clean", "r.yaml", "--pretrain.lr", "fast"], ("pretrain.lr", "'fast'", "command line --pretrain.lr")),

@@ -787,22 +787,28 @@ app.command(doctor_app)
 
 
 @doctor_app.default
-def doctor(run: Path | None = None) -> None:
-    """What this machine is and what groundup makes of it; or what a run shows: what is wrong, why, and what to do next.
+def doctor(target: str | None = None, *settings: Overrides, runs_dir: RunsDir = Path("runs")) -> None:
+    """What this machine is and what groundup makes of it; what is wrong with a recipe before it trains; or what a run shows.
 
     Parameters
     ----------
-    run
-        A run's folder, finished or at work.
+    target
+        A run's folder, finished or at work: what is wrong, why, and what to do next. Or a recipe: lengths against positions,
+        ids against the vocabulary, labels against segments, data against batch and ranks.
     """
-    if run is not None:
+    if target is None:
+        from groundup.proof.machine_check import check_machine
+
+        check_machine(Log())
+    elif Path(target).is_dir():
         from groundup.stages.report import say_diagnosis
 
-        say_diagnosis(run, Log())
-        return
-    from groundup.proof.machine_check import check_machine
+        say_diagnosis(Path(target), Log())
+    else:
+        work = _work(target, settings, runs_dir)
+        from groundup.stages.checkup import check_recipe
 
-    check_machine(Log())
+        check_recipe(work)
 
 
 @doctor_app.command(name="numerics")
@@ -964,6 +970,7 @@ def _run_command(given: Sequence[str]) -> None:
                 # not through cyclopts: rendering so many lines there takes as long as everything else
                 print(_stage_help(*STAGE_COMMANDS[arguments[0]][1]))
         except CycloptsError as error:
-            raise ConfigError(
-                "E-CLI", what=" ".join(str(error).split()).rstrip("."), next="see `groundup --help`"
-            ) from None
+            words = " ".join(str(error).split()).partition(" Available commands:")[0]
+            what, _, nearest = words.partition(" Did you mean ")
+            advice = f"did you mean {nearest} See `groundup --help`" if nearest else "see `groundup --help`"
+            raise ConfigError("E-CLI", what=what.rstrip("."), next=advice) from None

@@ -17,6 +17,7 @@ from groundup.adapters.files import (
 from groundup.adapters.lora import inject_lora, merged_weights, target_modules
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.checkpoint.huggingface import load_weights, save_model
+from groundup.model.causal_lm import CausalLM
 
 CONFIG = AdapterConfig(adapter="lora", lora_rank=4, lora_alpha=12.0)
 TOKENS_BT = torch.randint(0, 400, (2, 19), generator=torch.Generator().manual_seed(0))
@@ -53,6 +54,41 @@ def test_only_the_adapter_learns(make_model):
     assert len(trained) == 2 * 2 * len(BLOCK_LINEARS)
     model.logits(TOKENS_BT).sum().backward()
     assert all((parameter.grad is not None) == (name in trained) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"init_lora_weights": "gaussian"}, {"lora_targets": ("q_proj", "*.mlp.*")}], ids=str
+)
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2"])
+def test_on_a_base_without_memory_it_is_the_one_of_a_whole_base(make_model, model_type, changes):
+    config = CONFIG.model_copy(update=changes)
+    whole = adapted(make_model(model_type=model_type), config, is_trained=False)
+    base = CausalLM.without_memory(whole.config)
+    tied = base.lm_head.weight
+    model = adapted(base, config, is_trained=False)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()]
+    for name, parameter in model.named_parameters():
+        expected = whole.get_parameter(name)
+        assert parameter.requires_grad == expected.requires_grad and parameter.shape == expected.shape, name
+        assert parameter.is_meta == (".lora_" not in name), name
+        assert parameter.is_meta or torch.equal(parameter, expected), name
+    assert model.lm_head.weight is tied is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("section", "is_needed"),
+    [
+        ({}, False),
+        ({"init_lora_weights": "gaussian"}, False),
+        ({"init_lora_weights": "orthogonal"}, True),
+        ({"init_lora_weights": "pissa"}, True),
+        ({"use_dora": True}, True),
+        ({"adapter": "qlora"}, True),
+        ({"train_tokens": ("<|im_end|>",)}, True),
+    ],
+)
+def test_what_is_made_out_of_the_base_needs_it_whole(section, is_needed):
+    assert AdapterConfig(**{"adapter": "lora"} | section).needs_whole_base is is_needed
 
 
 def test_dropout_is_there_in_training_and_nowhere_else(make_model):

@@ -1,6 +1,7 @@
 """`groundup plan --budget`: how to split it."""
 
 import math
+import re
 
 import pytest
 from stages.conftest import groundup, refusal
@@ -8,6 +9,7 @@ from stages.conftest import groundup, refusal
 from groundup.base.errors import ConfigError
 from groundup.insight import budget
 from groundup.insight.budget import (
+    Candidate,
     Question,
     attention_share,
     best_of,
@@ -20,7 +22,7 @@ from groundup.insight.budget import (
     vocabulary_for,
     what_next,
 )
-from groundup.insight.budget_words import WIDTH, budget_lines
+from groundup.insight.budget_words import WIDTH, _use, budget_lines
 from groundup.insight.laws import REPLICATION
 from groundup.stages.starter import shape_of
 from groundup.train.weight_shapes import num_parameters
@@ -98,6 +100,15 @@ def test_a_smaller_model_pays_once_it_is_used_enough():
     costs = [6 * parameters * tokens + 2 * parameters * used, 6 * trained + 2 * half.share * parameters * used]
     assert costs[0] == pytest.approx(costs[1])
     assert smaller_for_use(REPLICATION, parameters, tokens, 0.01) is None
+
+
+def test_a_smaller_model_that_is_cheaper_to_train_pays_at_once():
+    parameters, tokens = REPLICATION.best_split(1e21)
+    question = Question(lambda shape: 1e21)
+    large = Candidate(1, 1, 32768, int(4 * parameters), tokens / 8, 0.0, 3.0, 1.0)
+    assert _use(question, large).endswith("that pays at once.")
+    best = Candidate(1, 1, 32768, int(parameters), tokens, 0.0, 3.0, 1.0)
+    assert re.search(r"that pays once the model reads and writes more than .* tokens\.$", _use(question, best))
 
 
 def test_rates_are_measured_until_steps_are_long(monkeypatch):

@@ -1,5 +1,6 @@
 """`groundup plan` and --dry-run: what they say is what the stage then does, and they change nothing."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from groundup.base.errors import ConfigError, DoesNotFit
 from groundup.base.files import read_json
 from groundup.base.log import Log
 from groundup.insight import plan as planned
+from groundup.insight.amounts import TOKENS_A_TURN, _estimated_chats, bytes_a_token
 from groundup.insight.plan import active_parameters, parameters_by_part, plan_stage
 from groundup.insight.plan_words import WIDTH, Prices, plan_lines
 from groundup.insight.probe import probe
+from groundup.stages.config import FinetuneConfig
 from groundup.stages.recipe import load_recipe
 from groundup.train.fit import easier
 from groundup.train.footprint import footprint
@@ -69,6 +72,26 @@ def test_a_plan_is_what_the_stages_then_do(tmp_path, no_probe):
         written = next(folder.glob("*.safetensors")).stat().st_size
         assert written - 8000 < plan.model_bytes < written
     assert refusal("plan", path, "--runs-dir", runs, "--memory", "1MB", "--no-probe").code == 7
+
+
+@pytest.mark.parametrize(
+    ("overlong", "kept", "rows_of_tokens"), [("drop_row", 1, 0.25), ("drop_turns", 2, 0.5), ("cut_tail", 3, 2.25)]
+)
+def test_chats_longer_than_a_row_are_estimated_as_they_are_kept(tmp_path, overlong, kept, rows_of_tokens):
+    """A short chat of a quarter of a row, one whose first exchange is long and whose second is short, a long one."""
+    length, a_token = 400, bytes_a_token(4096)
+    text = "a" * round((0.125 * length - TOKENS_A_TURN) * a_token)
+    short = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    long = [{"role": "user", "content": 12 * text}, {"role": "assistant", "content": text}]
+    chats = [short, long + short, long]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    section = {"data": str(tmp_path / "chats.jsonl"), "duration": "1 epochs", "row_length": length}
+    section |= {"batch_size_tokens": length, "overlong": overlong, "validation_fraction": 0.01}
+    found = _estimated_chats(FinetuneConfig.model_validate(section), 4096)
+    assert found.tokens_per_epoch == pytest.approx(0.99 * rows_of_tokens * length, rel=0.02)
+    assert f"{kept} chats" in found.origin and ("more are longer than a row" in found.origin) == (kept < 3)
+    if overlong != "cut_tail":
+        assert found.loss_fraction == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_tokenizer_that_would_be_made_anew_is_not_counted_with(tmp_path, no_probe):
@@ -145,7 +168,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(tmp_path, no_probe, 
         said, advised = said_of(plan), error.value.next.removeprefix("what fits: ")
         assert "DOES NOT FIT" in said and "E-MEMORY" in error.value.line()
         if advised.startswith("take a smaller"):
-            assert "none: take a smaller model" in said
+            assert "none: take a smaller model" in said and "or parallel" not in said, "ranks that do not help"
             break
         proposals.append(advised)
         fits = {

@@ -106,6 +106,8 @@ def test_fused_weights_keep_their_names_shapes_and_values(make_model, shape):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     attention = fused.model.layers[1].self_attn
     assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    matrices = [attention.q_proj, attention.o_proj, fused.lm_head]
+    assert all(layer.weight.stride(0) == 1 for layer in matrices), "a product of one row reads columns faster"
     fused.load_state_dict(make_model(seed=1, **SHAPES[shape]).state_dict())
     agrees_with_the_plain_forward(fused, LEVEL)
 

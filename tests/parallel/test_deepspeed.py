@@ -25,6 +25,7 @@ from groundup.parallel.world import World
 from groundup.parallel.zero import compiling_alone
 from groundup.parallel.zero_settings import ZERO, offloads_optimizer, zero_settings
 from groundup.proof.rank_server import RankGroup
+from groundup.proof.spread import zero_held
 from groundup.proof.spread.table import CASES, Case, judge
 from groundup.proof.tiny_job import SPLITS, write_tiny_tokens
 from groundup.stages.config import FinetuneConfig
@@ -235,6 +236,20 @@ def test_two_ranks_are_one_process(on_zero_ranks, case):
 
 @needs_deepspeed
 @costly
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", SHARDS)
+def test_a_rank_keeps_what_the_formula_says(on_zero_ranks, stage, dtype):
+    shape = shape_of(DENSE | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "vocab_size": 512})
+    for answer in on_zero_ranks(zero_held.__name__, "zero_held", shape, zero(stage), dtype):
+        found = answer["value"]
+        held, planned = found["held"], found["held by formula"]
+        for part in ("weights", "optimizer"):
+            assert held[part] == pytest.approx(planned[part], rel=0.05), part
+        assert sum(held.values()) == pytest.approx(sum(planned.values()), rel=0.05), found
+
+
+@needs_deepspeed
+@costly
 @pytest.mark.parametrize("stage", SHARDS)
 def test_experts_are_sharded_too(on_zero_ranks, stage):
     result = judge(Case(zero(stage)), on_zero_ranks, shape_of(EXPERTS))
@@ -387,8 +402,8 @@ class Saved:
         written = [[f"model-{n}", list(piece.begin), list(piece.shape)] for n, piece in enumerate(self.pieces)]
         return {"model": {"w": {"whole": list(self.pieces[0].whole), "can_be_cut": True, "pieces": written}}}
 
-    def tensors(self, name):
-        return self.tensors_of[name]
+    def each_tensor(self, name, wanted):
+        return ((key, tensor) for key, tensor in self.tensors_of[name].items() if key in wanted)
 
 
 def cut(whole, piece):

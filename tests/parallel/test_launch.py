@@ -122,6 +122,19 @@ def test_lost_ranks_begin_again_without_restart_and_only_so_often(run, tmp_path)
     assert_nobody_left(tmp_path)
 
 
+@pytest.mark.slow
+def test_twenty_kills_in_a_minute_leave_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "BACKOFF_SECONDS", 1e-7)
+    body = """
+    if rank == 1 and begun < 20: os.kill(os.getpid(), signal.SIGKILL)
+    while len(list(folder.glob("1-*"))) < 21: time.sleep(0.05)
+    """
+    code, err, seconds = run(body, max_restarts=20)
+    assert code == 0 and err.count("WARNING W-RESTART: E-RANK-LOST: rank 1") == 20 and "(20 of 20)" in err
+    assert len(pids(tmp_path, 1)) == 21 and seconds < 60
+    assert_nobody_left(tmp_path)
+
+
 def test_restart_is_asked_again_of_ranks_that_had_not_begun(run, tmp_path):
     """Else a first start that fails would leave what an earlier run made, and go on from it."""
     early = "if begun == 0 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.5 * (begun == 0))"

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 from groundup.base import machine
+from groundup.base.amounts import counted
 from groundup.cli import main
 from groundup.proof import machine_check
 from groundup.proof.machine_check import EXTRAS, machine_facts
@@ -25,7 +26,7 @@ def test_figures_are_the_machine_s():
     facts = machine_facts()
     total, free = map(float, re.findall(r"[\d.]+", facts["memory"]))
     assert abs(total - machine.memory_bytes() / 2**30) < 0.1 and 0 < free <= total
-    assert f"{machine.num_cores()} cores" in facts["processor"]
+    assert counted(machine.num_cores(), "core") in facts["processor"]
     assert "torch " in facts["packages"]
 
 

@@ -70,9 +70,28 @@ def test_seventy_billion_on_1024_ranks_is_planned_in_a_minute(recipe, monkeypatc
         "1,024 ranks: pipeline 4 × data_replicate 2 × data_shard 16 × tensor 8" in text and "70.55 G parameters" in text
     )
     assert re.search(r"q_proj\.weight \(80\) +8192 × 8192 +64 × 8192", text) and "GB of 80.0 GB: fits" in text
+    # 128,256 × 8,192 numbers in fp32, be the model as large as it may
+    assert "at the start each rank has 4.20 GB in its host's memory: the largest tensor, whole" in text
     assert all(f"    {dim} " in text for dim in ("data_shard", "data_replicate", "tensor", "pipeline"))
     with pytest.raises(DoesNotFit, match="E-MEMORY"):
         rehearse.rehearse(loaded, parallel, Said(), num_local=8, memory_bytes=20 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "engine", "says"),
+    [
+        ("pretrain", [], {}, "the largest tensor, whole"),
+        ("pretrain", [], {"engine": "deepspeed"}, "the model, whole"),
+        ("sft", [], {}, None),
+        ("sft", [("sft.use_dora", "true")], {}, "the model, whole"),
+        ("sft", [], {"engine": "deepspeed", "shard": "gradients"}, "the model, whole"),
+    ],
+)
+def test_what_a_rank_has_in_its_host_at_the_start_is_said(recipe, stage, section, engine, says):
+    loaded = load_recipe(recipe(TINY.replace("device: cpu", "device: cuda")), section)
+    planned = rehearsal_of(loaded, stage, ParallelConfig(data_replicate=1, data_shard=2, **engine))
+    lines = [line for line in rehearse._memory_lines(planned, None) if "in its host's memory: " in line]
+    assert [line.partition("memory: ")[2] for line in lines] == ([] if says is None else [says])
 
 
 @pytest.mark.costly
@@ -81,6 +100,7 @@ def test_the_mesh_runs_small_and_all_is_said(recipe, capsys):
     main(["launch", recipe(TINY), "--rehearse"])
     out = capsys.readouterr().out
     assert "tiny: pretrain on 2 ranks: data_shard 2" in out and "tiny: sft on 2 ranks: data_shard 2" in out
+    assert "G parameters" not in out and "0.03 M parameters" in out and ", 1 micro-batch of 4 × 32 a rank" in out
     for stage, held in (("pretrain", 50), ("sft", 50)):
         (line,) = [line for line in out.splitlines() if line.startswith(f"  {stage}, data_shard 2")]
         assert "saved in" in line and f"holds {held}%" in line and "PASS" in line, out

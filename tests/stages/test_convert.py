@@ -188,5 +188,10 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="E-CKPT-FORMAT: pickle refused"):
         read_pth(tmp_path / "bad.pth", tmp_path / "out")
     assert not marker.exists() and not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError) as error:
+        read_pth(tmp_path / "bad.pth", tmp_path / "out")
+    said = error.value.line()
+    assert "posix.open" in said and "\\x1b" not in said and "\x1b" not in said, said
+    assert "can still be loaded" not in said and "add_safe_globals" not in said, "no advice to load it all the same"
     os.close(Touches(marker).__reduce__()[0](str(marker), os.O_CREAT))
     assert marker.exists(), "the payload would have run"

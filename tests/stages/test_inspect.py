@@ -59,7 +59,8 @@ def test_each_token_is_shown_as_what_it_is(work, capsys, monkeypatch):
         )
     assert any("\U0001f600" in piece.text for row in marked for piece in row.pieces), "bytes that are one character"
     assert any(piece.kind == "cut" for row in marked for piece in row.pieces)
-    assert any(piece.kind == "padding" for row in marked for piece in row.pieces)
+    padded = [row.pieces[-1] for row in marked if row.pieces[-1].kind == "padding"]
+    assert padded and all(piece.text.endswith(" × padding") for piece in padded), "told by its number, not written out"
 
 
 @pytest.mark.parametrize("line_end", ["\n", ""], ids=["line end after", "end is last"])

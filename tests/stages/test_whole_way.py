@@ -235,6 +235,10 @@ def test_generate_gives_the_same_text_for_the_same_seed(way):
     assert said[0].code == 0 and said[0].out.startswith("the fox") and said[0] == said[1] and said[0] != said[2]
     greedy = groundup("generate", run / "pretrain" / "model", "the", "--temperature", "0", "--max-new-tokens", "4")
     assert greedy.code == 0 and len(greedy.out) > 4
+    said = refusal("generate", run, "the fox", "--max-new-tokens", "100000")
+    assert "E-PROMPT-LONG" in said.err and said.out == "", "half a line before an error"
+    said = refusal("generate", run / "lora" / "adapter", "the fox")
+    assert "groundup merge" in said.err, "an adapter is no model, and what to do with it is known"
 
 
 def test_chat_reads_its_turns_from_a_pipe(way, monkeypatch):

@@ -83,7 +83,7 @@ def test_what_is_proposed_fits(monkeypatch, make_training, has_bf16):
 
 def test_bf16_is_proposed_where_it_saves_memory(monkeypatch, make_training):
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
-    training = make_training(rows=1, row_length=8192, optimizer="adamw_8bit", activation_checkpointing="block")
+    training = make_training(rows=1, row_length=32768, optimizer="adamw_8bit", activation_checkpointing="block")
     limit = footprint(SHAPE, replace(training, precision="bf16")).total
     with pytest.raises(DoesNotFit, match=r"What fits: precision: bf16$"):
         fitting_rows(SHAPE, training, limit, is_auto=False)

@@ -23,8 +23,10 @@ from groundup.train.footprint import (
     Training,
     activation_bytes,
     footprint,
+    lasting_bytes,
 )
-from groundup.train.weight_shapes import parameter_shapes, trained_shapes
+from groundup.train.spread_footprint import numbers_at_start
+from groundup.train.weight_shapes import num_parameters, parameter_shapes, trained_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS, LENGTH = 3, 40
@@ -260,13 +262,46 @@ def test_shards_hold_a_share_of_all_that_lasts():
 
 
 def test_a_gpu_is_given_what_is_packed_already():
+    shape, adapter = shape_of("qwen3"), AdapterConfig(adapter="qlora")
+    starts = {device: footprint(shape, training_of(device=device, adapter=adapter)).start for device in ("cpu", "cuda")}
+    assert starts["cpu"] == 4 * num_parameters(shape) > 2 * starts["cuda"]
+
+
+def test_what_is_there_while_a_model_gets_its_weights():
+    """One whole tensor of a new one, nothing more of a base that is read, and no rank its whole but where it must be."""
     shape = shape_of("qwen3")
-    for device in ("cpu", "cuda"):
-        lora, qlora = (
-            footprint(shape, training_of(device=device, adapter=AdapterConfig(adapter=kind)))
-            for kind in ("lora", "qlora")
-        )
-        assert (qlora.start < lora.start) == (device == "cuda")
+    whole, largest = num_parameters(shape), max(map(prod, parameter_shapes(shape).values()))
+    lora, dora = (AdapterConfig(adapter="lora", use_dora=use_dora) for use_dora in (False, True))
+    added = sum(map(prod, trained_shapes(shape, lora).values()))
+    spread = Spread(data_shard=2)
+    assert numbers_at_start(shape, Spread(), None) == (whole, largest)
+    assert numbers_at_start(shape, spread, None) == (whole // 2, largest)
+    assert numbers_at_start(shape, spread, lora) == (whole // 2 + added // 2, 0)
+    assert numbers_at_start(shape, Spread(), lora) == (whole + added, 0)
+    assert numbers_at_start(shape, spread, dora) == numbers_at_start(shape, replace(spread, by_deepspeed=True), None)
+    assert numbers_at_start(shape, spread, dora) == (0, whole)
+
+
+@pytest.mark.parametrize(
+    ("shard", "precision", "weights", "gradients"),
+    [
+        ("optimizer", "fp32", 4 + 2, 2),
+        ("optimizer", "bf16", 2 + 2, 4 + 2),
+        ("gradients", "fp32", 4 + 2, 2),
+        ("gradients", "bf16", 2 + 2, 2),
+        ("parameters", "fp32", 2 + 2, 2 + 4),
+        ("parameters", "bf16", 1 + 2, 2 + 4),
+    ],
+)
+def test_what_deepspeed_keeps_on_two_ranks(shard, precision, weights, gradients):
+    """Bytes a number of the model; held against ranks at work in parallel/test_deepspeed.py."""
+    shape = shape_of("qwen3")
+    spread = Spread(data_shard=2, shard=shard, by_deepspeed=True)
+    training = training_of(spread=spread, precision=precision, optim=OptimConfig(optimizer="adamw"))
+    num, found = num_parameters(shape), lasting_bytes(shape, training)
+    assert (found["weights"], found["gradients"]) == (weights * num, gradients * num)
+    assert found["optimizer"] == pytest.approx(4 * num, abs=8)
+    assert footprint(shape, training).lasting >= sum(found.values())
 
 
 def test_large_stacks_of_muon_lie_beside_the_heap():

@@ -12,6 +12,7 @@ from groundup.parallel.world import World
 from groundup.train import resolve as resolve_module
 from groundup.train.resolve import (
     CPU_MICRO_BATCH_TOKENS,
+    GFLOPS_PER_CORE,
     RESOLVED,
     apply_threads,
     resolve,
@@ -82,6 +83,19 @@ def test_only_long_runs_with_a_compiler_are_compiled(monkeypatch, make_config):
     assert not resolved(config, matrix_parameters=10**12).compile
     with pytest.raises(ConfigError, match="E-CONFIG-COMPILE"):
         resolved(make_config(compile=True))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "precision", "compiles"), [(100, "bf16", 0), (150, "bf16", 1), (800, "fp32", 0), (1000, "fp32", 1)]
+)
+def test_a_run_in_bf16_wins_back_its_compiling_sooner(monkeypatch, make_config, seconds, precision, compiles):
+    """Seconds by nominal rates of one core."""
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
+    monkeypatch.setattr(machine, "num_cores", lambda: 1)
+    config = make_config(compile="auto", precision=precision, duration="100 steps")
+    rate = GFLOPS_PER_CORE[torch.bfloat16 if precision == "bf16" else torch.float32] * 1e9
+    parameters = int(seconds * rate / (6 * 100 * config.batch_size_tokens))
+    assert resolved(config, matrix_parameters=parameters).compile == bool(compiles)
 
 
 @pytest.mark.parametrize(

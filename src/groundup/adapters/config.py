@@ -44,6 +44,12 @@ class AdapterConfig(Config):
         """Whether the addition begins as a part of the weight."""
         return self.init_lora_weights.startswith("pissa")
 
+    @property
+    def needs_whole_base(self) -> bool:
+        """Whether what is put onto a base is made out of its values: 4 bits, lengths of rows, a start in the weight, rows of tokens."""
+        start = self.init_lora_weights not in ("default", "gaussian")
+        return self.adapter == "qlora" or self.use_dora or start or bool(self.train_tokens)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         variants = {

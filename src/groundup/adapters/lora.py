@@ -1,6 +1,7 @@
 """Low-rank adapters by `peft` on our modules: put on, started again, merged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from groundup.adapters.targets import choose_targets, short_names
 from groundup.adapters.token_rows import plain_name, replaced_rows, train_rows
 from groundup.base.errors import CheckpointError
 from groundup.base.machine import quiet_imports
+from groundup.base.piece import Piece, Weights
 
 ADAPTER = "default"
 MARK = ".lora_"
@@ -42,19 +44,50 @@ def peft_config(config: AdapterConfig, targets: Sequence[str], token_ids: Sequen
 def inject_lora(model: nn.Module, config: AdapterConfig, *, seed: int, token_ids: Sequence[int] = ()) -> list[str]:
     """Put adapters onto the linears that `lora_targets` mean; everything else is frozen, but the rows of `token_ids`.
 
-    Returns the adapted names. Raises ConfigError if a target means no layer.
+    A base on the meta device stays there, what is added has its values; not where those come from the base
+    (`AdapterConfig.needs_whole_base`). Returns the adapted names. Raises ConfigError if a target means no layer.
     """
     with quiet_imports():
         from peft import inject_adapter_in_model
 
     targets = choose_targets(model, config.lora_targets)
     torch.manual_seed(seed)
-    inject_adapter_in_model(peft_config(config, targets), model, adapter_name=ADAPTER)
+    with _zeros_without_memory(model):
+        inject_adapter_in_model(peft_config(config, targets), model, adapter_name=ADAPTER)
     if token_ids:
         train_rows(model, token_ids)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name)
     return targets
+
+
+@contextmanager
+def _zeros_without_memory(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters on the meta device pass for zeros on the CPU: peft moves what it adds to where the layer's weight is."""
+    empty = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for module, name, parameter in empty:
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        module.register_parameter(name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
+    yield
+    for module, name, parameter in empty:
+        module.register_parameter(name, parameter)
+
+
+def for_wrapped(weights: Weights) -> Weights:
+    """Where a base's values come from, by the names that its parameters have under an adapter."""
+
+    def give(pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Tensor]]:
+        names = {plain_name(name): name for name in pieces}
+        for name, part in weights({plain: pieces[name] for plain, name in names.items()}):
+            yield names[name], part
+            del part  # before the next one is made
+
+    return give
 
 
 def target_modules(model: nn.Module) -> list[str]:

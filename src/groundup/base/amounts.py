@@ -1,4 +1,4 @@
-"""Amounts with a unit, as people write them on a command line."""
+"""Amounts with a unit, as people write and read them."""
 
 import re
 
@@ -12,6 +12,11 @@ def split_amount(text: str) -> tuple[float, str] | None:
     """(number, unit) of a text such as `8 GB`; None for anything else."""
     match = _AMOUNT.fullmatch(text)
     return (float(match.group(1)), match.group(2)) if match else None
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count before its noun: `1 thread`, `2 threads`; `plural` where an s does not make it."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def parse_bytes(text: str) -> int:

@@ -1,7 +1,12 @@
 """A part of a tensor that is spread over ranks or files: where it begins in the whole, and how far it reaches."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Piece:
         return self.shape == self.whole
 
     @property
+    def slices(self) -> tuple[slice, ...]:
+        """Its place in the whole, to index it with."""
+        return tuple(slice(at, at + size) for at, size in zip(self.begin, self.shape, strict=True))
+
+    @property
     def num_elements(self) -> int:
         return prod(self.shape)
 
@@ -37,3 +47,7 @@ class Piece:
             mine.append(slice(first - begin, last - begin))
             theirs.append(slice(first - other_begin, last - other_begin))
         return tuple(mine), tuple(theirs)
+
+
+Weights = Callable[[Mapping[str, Piece]], "Iterable[tuple[str, Tensor]]"]
+"""Where a model's values come from: given the piece of each parameter that is wanted, each by its name, one after the other."""

@@ -3,17 +3,26 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from groundup.base.disk import Disk
 from groundup.base.errors import CheckpointError
 from groundup.checkpoint.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, decode_manifest
-from groundup.checkpoint.shard import MAX_HEADER_BYTES, check_header, header_bytes, parse_shard
+from groundup.checkpoint.shard import (
+    MAX_HEADER_BYTES,
+    check_header,
+    described,
+    header_bytes,
+    parse_shard,
+    read_head,
+    stream_shard,
+)
 
 MANIFEST = "MANIFEST.json"
 UNCOMMITTED = ".MANIFEST.json.tmp"
@@ -40,6 +49,36 @@ class Checkpoint:
         try:
             path = self.folder / f"{name}{SUFFIX}"
             return parse_shard(_checked_bytes(self.disk, path, self.files.get(path.name)))
+        except (OSError, ValueError) as error:
+            raise self._changed(error) from None
+
+    def shapes(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of `NAME.safetensors`, from its header alone. Raises CheckpointError."""
+        try:
+            path = self.folder / f"{name}{SUFFIX}"
+            head, _ = read_head(self.disk.chunks(path), path.stat().st_size)
+        except (OSError, ValueError) as error:
+            raise self._changed(error) from None
+        return described(head)
+
+    def each_tensor(self, name: str, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """The wanted tensors of `NAME.safetensors`, one in memory at a time. Not to be used before the last one has come: then
+        every byte is checked. Raises CheckpointError."""
+        path, digest, num_bytes = self.folder / f"{name}{SUFFIX}", hashlib.sha256(), 0
+
+        def hashed() -> Iterator[bytes]:
+            nonlocal num_bytes
+            for chunk in self.disk.chunks(path):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+                yield chunk
+
+        try:
+            if path.name not in self.files:
+                raise ValueError(f"{path.name} is not in the manifest")
+            record = self.files[path.name]
+            yield from stream_shard(hashed(), record.bytes, wanted)
+            check_digest(path, num_bytes, digest.hexdigest(), record)
         except (OSError, ValueError) as error:
             raise self._changed(error) from None
 

@@ -1,11 +1,12 @@
 """Experts on disk: a tensor for each matrix of each expert, as Hugging Face checkpoints have them; stacked in memory."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from groundup.base.piece import Piece
 from groundup.model.config import SPARSE_TYPES, ModelConfig
 
 STACKED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -63,3 +64,27 @@ def stacked(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         if f"{place}.{block}.gate.weight" in found:
             found[f"{place}.mlp.gate.weight"] = found.pop(f"{place}.{block}.gate.weight")
     return found
+
+
+Slices = tuple[slice, ...]
+
+
+def places_on_disk(config: ModelConfig, name: str, piece: Piece) -> Iterator[tuple[str, Slices, Slices]]:
+    """Where a piece of a parameter lies in a checkpoint: a tensor's name there, its place in the piece, and the part of it."""
+    match, everything = STACKED.fullmatch(name), (slice(None),) * len(piece.shape)
+    if config.model_type not in SPARSE_TYPES:
+        yield name, everything, piece.slices
+        return
+    block, gate, up, down = _words(config)
+    if match is None:
+        yield name.replace(".mlp.gate.", f".{block}.gate."), everything, piece.slices
+        return
+    _, rows, columns = piece.whole
+    half = rows // 2
+    matrices = [(down, 0, rows)] if match[2] == "down_proj" else [(gate, 0, half), (up, half, half)]
+    for expert in range(piece.begin[0], piece.begin[0] + piece.shape[0]):
+        for word, first, size in matrices:
+            overlap = piece.overlap(Piece(piece.whole, (expert, first, 0), (1, size, columns)))
+            if overlap is not None:
+                here, there = overlap
+                yield f"{match[1]}.{block}.experts.{expert}.{word}.weight", here, there[1:]

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
 from groundup.base.pickles import refuse_pickle
 from groundup.checkpoint.experts import stacked, unstacked
+from groundup.checkpoint.shard import is_finite
 from groundup.checkpoint.weight_files import weight_files
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import (
@@ -283,24 +285,43 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a directory's safetensors files. Raises CheckpointError for pickles and damaged files."""
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
+        with damage_named(path):
             tensors.update(load_file(path))
-        except (SafetensorError, OSError, ValueError) as error:
-            refuse_pickle(path)
-            raise CheckpointError(
-                "E-MODEL-DAMAGED", what=f"cannot be read: {str(error)[:120]}", where=path, next="copy or make it again"
-            ) from None
     return tensors
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """What goes wrong with reading a safetensors file, as a CheckpointError that says whether it is a pickle."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        refuse_pickle(path)
+        raise CheckpointError(
+            "E-MODEL-DAMAGED", what=f"cannot be read: {str(error)[:120]}", where=path, next="copy or make it again"
+        ) from None
 
 
 def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) -> None:
     """Put tensors into a model; a missing, unexpected or wrongly shaped one is a CheckpointError that lists them."""
+    expected = dict(model.named_parameters())
+    tensors = belonging(model.config, expected, tensors, where)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            refuse_not_finite(name, tensors[name], where)
+            parameter.copy_(tensors[name])
+
+
+def belonging(
+    config: ModelConfig, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: object
+) -> dict[str, Tensor]:
+    """Tensors of a directory under the names in memory. Raises CheckpointError, with a list, for one that is missing,
+    unexpected or of another shape than in `expected`; no value is looked at."""
     # older files hold the rotary frequencies too, which are computed
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    tensors = stacked(model.config, tensors)
-    if model.config.tie_word_embeddings:
+    tensors = stacked(config, tensors)
+    if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    expected = dict(model.named_parameters())
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -309,24 +330,26 @@ def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) 
             where=where,
             next="the weights do not belong to this config.json",
         )
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            tensor = tensors[name]
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    "E-SHAPE",
-                    what=f"{name} is {list(tensor.shape)}, the config says {list(parameter.shape)}",
-                    where=where,
-                    next="the weights do not belong to this config.json",
-                )
-            if not tensor.isfinite().all():
-                raise CheckpointError(
-                    "E-NONFINITE",
-                    what=f"{name} holds values that are not finite",
-                    where=where,
-                    next="go back to an earlier checkpoint",
-                )
-            parameter.copy_(tensor)
+    for name, parameter in expected.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                "E-SHAPE",
+                what=f"{name} is {list(tensors[name].shape)}, the config says {list(parameter.shape)}",
+                where=where,
+                next="the weights do not belong to this config.json",
+            )
+    return tensors
+
+
+def refuse_not_finite(name: str, tensor: Tensor, where: object) -> None:
+    """Raise CheckpointError for a weight with infinities or NaN."""
+    if not is_finite(tensor):
+        raise CheckpointError(
+            "E-NONFINITE",
+            what=f"{name} holds values that are not finite",
+            where=where,
+            next="go back to an earlier checkpoint",
+        )
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> CausalLM:

@@ -6,7 +6,7 @@ and pieces of both kinds are read as either. What cannot be cut otherwise than i
 scales belong to blocks of the piece) is marked so, and is read as it stands or refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +18,9 @@ from groundup.base.errors import CheckpointError
 from groundup.base.piece import Piece
 from groundup.checkpoint.attempt import SUFFIX, Checkpoint
 
-Layout = dict[str, dict[str, dict[str, Any]]]
+Entries = dict[str, dict[str, Any]]
+Layout = dict[str, Entries]
+Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,30 @@ def merge(layouts: Sequence[Layout]) -> Layout:
     return whole
 
 
+@dataclass
+class _Wish:
+    """A piece to be read, of the tensor as it was written."""
+
+    piece: Piece
+    finish: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """Makes of it what was asked for."""
+    found: Tensor | None = None
+
+    def take(self, tensor: Tensor, here: Slices, there: Slices) -> None:
+        """A part of a tensor in a file, to its place in the piece."""
+        if self.found is None:
+            self.found = torch.empty(self.piece.shape, dtype=tensor.dtype)
+        self.found[here] = tensor[there]
+
+    def granted(self) -> Tensor:
+        return self.finish(torch.empty(self.piece.shape) if self.found is None else self.found)
+
+
 class SavedGroup:
-    """One group of a checkpoint's tensors, whoever wrote them; files are read once and let go with it."""
+    """One group of a checkpoint's tensors, whoever wrote them: beside the pieces that are asked for one tensor is in memory."""
 
     def __init__(self, checkpoint: Checkpoint, group: str) -> None:
         self._checkpoint, self._group = checkpoint, group
-        self._read: dict[str, dict[str, Tensor]] = {}
         layout = checkpoint.layout()
         self._entries = None if layout is None else layout.get(group, {})
 
@@ -102,64 +122,67 @@ class SavedGroup:
 
         Raises CheckpointError for a piece that nobody wrote, and for what was cut otherwise and cannot be cut anew.
         """
-        entries = self._described() if self._entries is None else self._entries
-        found = {}
-        for key, entry in entries.items():
+        wishes: dict[str, _Wish] = {}
+        takes: dict[str, dict[str, tuple[Slices, Slices] | None]] = {}
+        """By file and tensor: where it goes and what of it; None takes it as it stands."""
+        for key, entry in self._described().items():
             name = _owner(key, pieces)
             if name in pieces:
                 wanted = pieces[name] if entry["whole"] else Piece.of_whole(())
-                found[key] = self._assembled(key, entry, wanted)
-        self._read.clear()
-        return found
+                wishes[key], sources = self._plan(key, entry, wanted)
+                for file, take in sources.items():
+                    takes.setdefault(file, {})[key] = take
+        for file, own in takes.items():
+            for key, tensor in self._checkpoint.each_tensor(file, own):
+                take = own[key]
+                if take is None:
+                    wishes[key].found = tensor
+                else:
+                    wishes[key].take(tensor, *take)
+                del tensor  # before the next one is made
+        return {key: wish.granted() for key, wish in wishes.items()}
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file(self._group) if self._entries is None else self._entries)
+        return set(self._described())
 
-    def _described(self) -> dict[str, dict[str, Any]]:
-        """The entries of a group of whole tensors."""
+    def _described(self) -> Entries:
+        """The entries of the group; of one whose tensors are whole, made from its file's header."""
+        if self._entries is not None:
+            return self._entries
         return {
             key: {
-                "whole": list(value.shape),
-                "can_be_cut": value.is_floating_point(),
-                "pieces": [[self._group, [0] * value.dim(), list(value.shape)]],
+                "whole": list(shape),
+                "can_be_cut": dtype.is_floating_point,
+                "pieces": [[self._group, [0] * len(shape), list(shape)]],
             }
-            for key, value in self._file(self._group).items()
+            for key, (shape, dtype) in self._checkpoint.shapes(self._group).items()
         }
 
-    def _file(self, name: str) -> dict[str, Tensor]:
-        if name not in self._read:
-            self._read[name] = self._checkpoint.tensors(name)
-        return self._read[name]
-
-    def _assembled(self, key: str, entry: Mapping[str, Any], wanted: Piece) -> Tensor:
-        written = [
-            (file, Piece(tuple(entry["whole"]), tuple(begin), tuple(shape))) for file, begin, shape in entry["pieces"]
-        ]
-        for file, piece in written:
+    def _plan(
+        self, key: str, entry: Mapping[str, Any], wanted: Piece
+    ) -> tuple[_Wish, dict[str, tuple[Slices, Slices] | None]]:
+        """What has to be read for a piece, and by file which part of the tensor there goes where."""
+        whole = tuple(entry["whole"])
+        written = {file: Piece(whole, tuple(begin), tuple(shape)) for file, begin, shape in entry["pieces"]}
+        for file, piece in written.items():
             if piece == wanted:
-                return self._file(file)[key]
-        if _is_laid_out_otherwise(tuple(entry["whole"]), wanted.whole) and entry["can_be_cut"]:
-            return self._laid_out(key, entry, wanted)
-        if not entry["can_be_cut"] or tuple(entry["whole"]) != wanted.whole:
+                return _Wish(wanted), {file: None}
+        if _is_laid_out_otherwise(whole, wanted.whole) and entry["can_be_cut"]:
+            laid_out, finish = _laid_out(whole, wanted)
+            wish, sources = self._plan(key, entry, laid_out)
+            wish.finish = finish
+            return wish, sources
+        if not entry["can_be_cut"] or whole != wanted.whole:
             raise CheckpointError(
                 "E-CKPT-RESHARD",
                 what=f"{key} was written in pieces that this mesh does not have, and blocks of 8 bits cannot be cut anew",
                 where=self._checkpoint.folder,
                 next="go on with the same mesh, or begin again with `--restart`",
             )
-        result: Tensor | None = None
-        num_found = 0
-        for file, piece in written:
-            overlap = wanted.overlap(piece)
-            if overlap is None:
-                continue
-            here, there = overlap
-            source = self._file(file)[key][there]
-            if result is None:
-                result = torch.empty(wanted.shape, dtype=source.dtype)
-            result[here] = source
-            num_found += source.numel()
+        overlaps = {file: wanted.overlap(piece) for file, piece in written.items()}
+        found = {file: overlap for file, overlap in overlaps.items() if overlap is not None}
+        num_found = sum(prod(part.stop - part.start for part in here) for here, _ in found.values())
         if num_found != wanted.num_elements:
             raise CheckpointError(
                 "E-CKPT-PIECES",
@@ -167,22 +190,21 @@ class SavedGroup:
                 where=self._checkpoint.folder,
                 next="begin again with `--restart`",
             )
-        return torch.empty(wanted.shape) if result is None else result
+        return _Wish(wanted), dict(found)
 
-    def _laid_out(self, key: str, entry: Mapping[str, Any], wanted: Piece) -> Tensor:
-        """A box out of runs of elements, or a run out of boxes: by whole rows of which the one is a part."""
-        whole = tuple(entry["whole"])
-        if len(whole) == 1:
-            row = prod(wanted.whole[1:])
-            run = Piece(whole, (wanted.begin[0] * row,), (wanted.shape[0] * row,))
-            rows = self._assembled(key, entry, run).view(wanted.shape[0], *wanted.whole[1:])
-            inner = zip(wanted.begin[1:], wanted.shape[1:], strict=True)
-            return rows[(slice(None), *(slice(at, at + size) for at, size in inner))]
-        row, begin, end = prod(whole[1:]), wanted.begin[0], wanted.begin[0] + wanted.shape[0]
-        first, last = begin // row, -(-end // row)
-        rest = [0] * (len(whole) - 1)
-        rows = self._assembled(key, entry, Piece(whole, (first, *rest), (last - first, *whole[1:])))
-        return rows.reshape(-1)[begin - first * row : end - first * row]
+
+def _laid_out(whole: tuple[int, ...], wanted: Piece) -> tuple[Piece, Callable[[Tensor], Tensor]]:
+    """A box out of runs of elements, or a run out of boxes: by whole rows of which the one is a part."""
+    if len(whole) == 1:
+        row = prod(wanted.whole[1:])
+        inner = (slice(None), *wanted.slices[1:])
+        run = Piece(whole, (wanted.begin[0] * row,), (wanted.shape[0] * row,))
+        # a copy, so that the rows are let go of
+        return run, lambda rows: rows.view(wanted.shape[0], *wanted.whole[1:])[inner].clone()
+    row, begin, end = prod(whole[1:]), wanted.begin[0], wanted.begin[0] + wanted.shape[0]
+    first, last = begin // row, -(-end // row)
+    box = Piece(whole, (first, *[0] * (len(whole) - 1)), (last - first, *whole[1:]))
+    return box, lambda rows: rows.reshape(-1)[begin - first * row : end - first * row]
 
 
 def _is_laid_out_otherwise(whole: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -6,6 +6,7 @@ tensors only (`weights_only=True`), and writes one file. Nothing here is importe
     python -I pth_reader.py SOURCE TARGET
 """
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ LEAST_BYTES = 6 << 30
 """Address space that torch alone takes when it is imported, with room."""
 SECONDS = 900
 MANY = 100_000
+LEAD = re.compile(r"Weights only load failed\.|from a trusted source\.|WeightsUnpickler error:")
+"""What torch says before what is wrong."""
+ADVICE = ("Please use `torch.serialization", "Check the documentation of torch.load")
+"""Where it goes on to tell how the file can be loaded."""
 
 
 def set_limits(size: int) -> None:
@@ -55,6 +60,15 @@ def weights_in(value: object) -> dict[str, object]:
     return tensors
 
 
+def words_of(error: BaseException) -> str:
+    """What is wrong, without torch's advice on how to load the file all the same."""
+    words = " ".join(str(error).split())
+    for advice in ADVICE:
+        words = words.partition(advice)[0]
+    parts = LEAD.split(words)
+    return next((part for part in reversed(parts) if part.strip()), words).strip()
+
+
 def main(source: Path, target: Path) -> None:
     """Convert, or end with one line on stderr and status 1."""
     set_limits(source.stat().st_size)
@@ -64,8 +78,7 @@ def main(source: Path, target: Path) -> None:
         save_file(weights_in(read(source)), target, metadata={"format": "pt"})  # type: ignore[arg-type]
     except BaseException as error:
         target.unlink(missing_ok=True)
-        words = " ".join(str(error).split())
-        sys.stderr.write(f"{type(error).__name__}: {words[:300]}\n")
+        sys.stderr.write(f"{type(error).__name__}: {words_of(error)[:300]}\n")
         sys.exit(1)
 
 

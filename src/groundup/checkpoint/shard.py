@@ -1,7 +1,8 @@
 """Files of tensors in the safetensors format: written piece by piece, and read only after a look at their header."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -98,6 +99,53 @@ def check_header(head: bytes, file_bytes: int) -> None:
 
 def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def described(head: bytes) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor, by name, of a header that `check_header` let pass; in the order in which they lie."""
+    header = json.loads(head[8:])
+    header.pop("__metadata__", None)
+    in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return {name: (tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in in_order}
+
+
+def read_head(chunks: Iterator[bytes], file_bytes: int) -> tuple[bytes, bytes]:
+    """The header of a safetensors file with its length, checked, and what came behind it in the same chunk. Raises ValueError."""
+    data = b""
+    while len(data) < 8 or len(data) < header_bytes(data, file_bytes):
+        chunk = next(chunks, b"")
+        if not chunk:
+            raise ValueError("the header ends early")
+        data += chunk
+    end = header_bytes(data, file_bytes)
+    check_header(data[:end], file_bytes)
+    return data[:end], data[end:]
+
+
+def stream_shard(chunks: Iterator[bytes], file_bytes: int, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors of a safetensors file, one after the other, each in memory of its own; all chunks are read.
+
+    Raises ValueError for anything else than such a file.
+    """
+    head, rest = read_head(chunks, file_bytes)
+    chunk = memoryview(rest)
+    for name, (shape, dtype) in described(head).items():
+        num_bytes, done = dtype.itemsize * prod(shape), 0
+        raw = torch.empty(num_bytes, dtype=torch.uint8) if name in wanted else None
+        while done < num_bytes:
+            if not chunk:
+                chunk = memoryview(next(chunks, b""))
+                if not chunk:
+                    raise ValueError(f"tensor {name[:80]!r} ends early")
+            size = min(len(chunk), num_bytes - done)
+            if raw is not None:
+                raw.numpy()[done : done + size] = chunk[:size]
+            chunk, done = chunk[size:], done + size
+        if raw is not None:
+            yield name, raw.view(dtype).reshape(shape)
+        del raw  # before the next one is made
+    for _ in chunks:
+        pass
 
 
 def parse_shard(data: bytes) -> dict[str, Tensor]:

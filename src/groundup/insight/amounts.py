@@ -1,8 +1,10 @@
 """How much there is to train on: counted where the tokens or chats stand, estimated from the text where they do not."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from groundup.checkpoint.huggingface import read_model_config
 from groundup.corpus.sources import find_sources
 from groundup.data.chat_rows import PackedChats
 from groundup.data.chats import Chat
+from groundup.data.encoded_chats import without_oldest_turns
 from groundup.data.packing import PackedDocuments
 from groundup.data.replay import ReplayedRows
 from groundup.data.rows import RowSource
@@ -216,20 +219,21 @@ def _base(recipe: Recipe, work: Work | None, stage: FinetuneStage, log: Log) -> 
 
 def _estimated_chats(config: FinetuneConfig, vocabulary: int) -> Amounts:
     a_token = bytes_a_token(vocabulary)
-    num_chats, tokens, answers = 0, 0.0, 0.0
+    num_chats, num_kept, tokens, answers = 0, 0, 0.0, 0.0
     for row in read_rows(config.data, dict(config.columns), merge_roles=config.merge_roles):  # type: ignore[arg-type]
         if not isinstance(row, Chat):
             continue
         num_chats += 1
-        for message in row.messages:
-            length = len(str(message.get("content") or "").encode()) / a_token + TOKENS_A_TURN
-            tokens += length
-            answers += length * (message["role"] == "assistant")
+        kept = _within_a_row(row.messages, a_token, config)
+        num_kept += bool(kept)
+        tokens += sum(length for length, _ in kept)
+        answers += sum(length for length, is_answer in kept if is_answer)
     if not num_chats:
         raise DataError("E-DATA-EMPTY", what="no chat could be read", where=config.data, next="name another file")
     train = max(1, round(tokens * (1 - config.validation_fraction)))
     share = config.validation_fraction * tokens / config.row_length
-    origin = f"estimated: {num_chats:,} chats, {a_token:.1f} bytes a token; the base is not trained yet"
+    left_out = f"; {num_chats - num_kept:,} more are longer than a row" if num_kept < num_chats else ""
+    origin = f"estimated: {num_kept:,} chats{left_out}, {a_token:.1f} bytes a token; the base is not trained yet"
     if config.replay_every is not None:
         train = train * config.replay_every // (config.replay_every - 1)
     return _estimated(
@@ -237,5 +241,23 @@ def _estimated_chats(config: FinetuneConfig, vocabulary: int) -> Amounts:
         config.row_length,
         min(config.max_validation_rows, max(1, round(share))),
         origin,
-        loss_fraction=answers / tokens,
+        loss_fraction=answers / tokens if tokens else 1.0,
     )
+
+
+def _within_a_row(
+    messages: Sequence[Mapping[str, Any]], a_token: float, config: FinetuneConfig
+) -> list[tuple[float, bool]]:
+    """(tokens, whether an answer) of about each message that is kept of a chat; none of one that is left out."""
+    while messages:
+        turns = [
+            (len(str(message.get("content") or "").encode()) / a_token + TOKENS_A_TURN, message["role"] == "assistant")
+            for message in messages
+        ]
+        share = (config.row_length + 1) / sum(length for length, _ in turns)
+        if share >= 1:
+            return turns
+        if config.overlong == "cut_tail":
+            return [(share * length, is_answer) for length, is_answer in turns]
+        messages = without_oldest_turns(messages) if config.overlong == "drop_turns" else []
+    return []

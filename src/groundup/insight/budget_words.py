@@ -156,9 +156,10 @@ def _use(question: Question, best: Candidate) -> str:
     smaller = smaller_for_use(question.law, best.parameters, tokens, HALF)
     if smaller is None or best.epochs > 1:
         return "A smaller model that is cheaper to use would need more text than there is." if smaller else ""
+    many = f"once the model reads and writes more than {count_words(smaller.pays_after)} tokens"
     return (
         f"For cheap use: half the parameters reach the same loss with {smaller.overhead:.2f} times the training; that pays "
-        f"once the model reads and writes more than {count_words(smaller.pays_after)} tokens."
+        f"{many if smaller.pays_after >= 1 else 'at once'}."
     )
 
 

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from groundup.base.amounts import counted
 from groundup.insight.advice import Advice, advise
 from groundup.insight.drawing import bar, bytes_words, count_words, curve, span_words
 from groundup.insight.plan import StagePlan, active_parameters, parameters_by_part
@@ -82,7 +83,7 @@ def _data(plan: StagePlan) -> Iterator[str]:
     tokens = resolved.total_steps * config.batch_size_tokens
     yield from _said(
         "data",
-        f"{count_words(tokens)} tokens in {resolved.total_steps:,} steps of {config.batch_size_tokens:,}: "
+        f"{count_words(tokens)} tokens in {counted(resolved.total_steps, 'step')} of {config.batch_size_tokens:,}: "
         f"{plan.epochs:.3g} epochs of {count_words(amounts.tokens_per_epoch)} ({amounts.origin})",
     )
     a_parameter = tokens / active_parameters(plan.shape)
@@ -93,11 +94,10 @@ def _data(plan: StagePlan) -> Iterator[str]:
 
 def _how(plan: StagePlan) -> Iterator[str]:
     resolved = plan.resolved
-    many = "es" if resolved.num_lanes > 1 else ""
     yield from _said(
         "computed",
-        f"{resolved.device} {resolved.precision}, attention {resolved.attention}, {resolved.num_lanes} micro-batch{many} "
-        f"of {resolved.micro_batch_rows} × {plan.config.row_length} at once, {resolved.num_threads} threads, "
+        f"{resolved.device} {resolved.precision}, attention {resolved.attention}, {counted(resolved.num_lanes, 'micro-batch', 'micro-batches')} "
+        f"of {resolved.micro_batch_rows} × {plan.config.row_length} at once, {counted(resolved.num_threads, 'thread')}, "
         f"{'compiled' if resolved.compile else 'not compiled'}"
         f"{f', {resolved.num_ranks} ranks' if resolved.num_ranks > 1 else ''}",
     )
@@ -130,18 +130,27 @@ def _parts(memory: Footprint, *, is_measured: bool) -> Iterator[tuple[str, int, 
 def _rooms(plan: StagePlan) -> Iterator[str]:
     yield ""
     yield from _said("what fits", "each line on top of those before, the cheapest first:")
-    is_found = is_spread = False
+    is_found = False
     before: list[str] = []
+    spread: list[str] = []
     for words, training in easier(plan.shape, plan.training):
         is_spread_now = training.spread != plan.training.spread
-        if (is_found and not is_spread_now) or is_spread:
+        if is_found and not is_spread_now:
             continue
         total = footprint(plan.shape, training, process=plan.memory.process).total
         fits = total <= plan.limit
         added = ", ".join(line for line in words.split(", ") if line not in before)
         before = words.split(", ")
-        yield f"    {('or ' if is_spread_now else '') + added:<54} {bytes_words(total):>10}  {'fits' if fits else ''}".rstrip()
-        is_found, is_spread = is_found or fits, is_spread_now and fits
+        row = f"    {('or ' if is_spread_now else '') + added:<54} {bytes_words(total):>10}  {'fits' if fits else ''}".rstrip()
+        if not is_spread_now:
+            is_found = fits
+            yield row
+            continue
+        spread.append(row)
+        if fits:  # ranks that help too little are no advice
+            is_found = True
+            yield from spread
+            break
     if not is_found:
         yield "    none: take a smaller model, or a machine with more memory"
 
@@ -171,11 +180,10 @@ def plan_advice(plan: StagePlan) -> Advice:
 
 def _disk(plan: StagePlan) -> Iterator[str]:
     yield ""
-    many = "s" if plan.num_checkpoints > 1 else ""
     verdict = "" if plan.disk_bytes <= plan.free_bytes else ": DOES NOT FIT"
     yield from _said(
         "disk",
-        f"{bytes_words(plan.disk_bytes)}: {plan.num_checkpoints} checkpoint{many} of {bytes_words(plan.checkpoint_bytes)} "
+        f"{bytes_words(plan.disk_bytes)}: {counted(plan.num_checkpoints, 'checkpoint')} of {bytes_words(plan.checkpoint_bytes)} "
         f"and the result of {bytes_words(plan.model_bytes)}; {bytes_words(plan.free_bytes)} are free{verdict}",
     )
 
@@ -207,7 +215,7 @@ def _rates(plan: StagePlan) -> Iterator[str]:
     peaks = ", ".join(f"{name} {getattr(resolved, name):.3g}" for name in names)
     yield from _said(
         "rate",
-        f"{peaks} at the peak; {resolved.warmup_steps:,} steps of warmup, then {config.schedule} to "
+        f"{peaks} at the peak; {counted(resolved.warmup_steps, 'step')} of warmup, then {config.schedule} to "
         f"{100 * last:.3g} % of it",
     )
     steps = [min(total - 1, column * total // CURVE_WIDTH) for column in range(CURVE_WIDTH)]

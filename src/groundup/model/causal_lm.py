@@ -20,6 +20,7 @@ from groundup.model.balance import (
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
+from groundup.model.initial import draw
 from groundup.model.loss import (
     EXPERT_LOAD,
     IGNORE_INDEX,
@@ -128,7 +129,17 @@ class CausalLM(nn.Module):
         """Adds up counts of a part of each row, where a forward pass is given no more."""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    @classmethod
+    def without_memory(cls, config: ModelConfig) -> "CausalLM":
+        """One whose parameters have shapes and no values: on the meta device."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter, where the shape says so and both are here."""
+        if self.config.tie_word_embeddings and self.lm_head is not None and self.model.embed_tokens is not None:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
@@ -258,26 +269,16 @@ class CausalLM(nn.Module):
         )
 
     def fuse_for_reading(self) -> None:
-        """Lay weights that read the same input side by side, for `token_reader`; names, shapes and values stay.
+        """Lay weights as `token_reader` reads them fastest; names, shapes and values stay.
 
         For a model that is read and no longer trained.
         """
-        fuse_for_reading(block for block in self.model.layers if isinstance(block, Block))
+        fuse_for_reading((block for block in self.model.layers if isinstance(block, Block)), self.lm_head)
 
-    @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Normal weights, output projections scaled by 1/sqrt(2 × layers) (GPT-2), norms 1, biases 0."""
-        std = self.config.initializer_range
-        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        """Give every parameter its first random values, one after the other."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
-                parameter.normal_(0.0, residual_std, generator=generator)
-            elif parameter.dim() >= 2:
-                parameter.normal_(0.0, std, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.fill_(1.0)
+            draw(name, parameter, self.config, generator)
 
     def use_loss(self, options: LossOptions) -> None:
         """Choose what the objective holds beside the negative log-likelihood."""

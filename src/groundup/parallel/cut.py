@@ -36,6 +36,7 @@ class Spread:
     shard: Literal["optimizer", "gradients", "parameters"] = "parameters"
     schedule: Schedule = "1f1b"
     cpu_offload: bool = False
+    by_deepspeed: bool = False
     place: int = 0
 
     @classmethod
@@ -51,6 +52,7 @@ class Spread:
             shard=config.shard,
             schedule=config.pipeline_schedule,
             cpu_offload=config.cpu_offload,
+            by_deepspeed=config.zero_stage > 0,
             place=place,
         )
 

@@ -89,8 +89,7 @@ class SpreadMatrices(Matrices):
     def part(self, parameter: Tensor, whole: Tensor) -> Tensor:
         if self._is_whole(parameter):
             return whole
-        piece = self._holdings[id(parameter)].piece
-        return whole[tuple(slice(at, at + size) for at, size in zip(piece.begin, piece.shape, strict=True))]
+        return whole[self._holdings[id(parameter)].piece.slices]
 
     def _is_whole(self, parameter: Tensor) -> bool:
         """Whether this rank's part holds matrices that are whole: of a stack, some of them."""

@@ -130,8 +130,7 @@ def shard_tensors(model: CausalLM, mesh: Mesh) -> None:
     if "model.embed_tokens" in names:
         model.model.embed_tokens.register_forward_pre_hook(partial(_refuse_uneven_rows, degree))
     if "lm_head" in names:
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie_weights()
         model.vocabulary_shard = _vocabulary_shard(model, mesh)
 
 

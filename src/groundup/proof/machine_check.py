@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from groundup.base import machine
+from groundup.base.amounts import counted
 from groundup.base.log import Log
 from groundup.report.sinks import MODULES
 from groundup.train.config import TrainConfig
@@ -51,7 +52,7 @@ def machine_facts() -> dict[str, str]:
     disk = shutil.disk_usage(Path.cwd())
     return {
         "system": f"{found['system']}, Python {found['python']}",
-        "processor": f"{found['cpu']}, {found['cores']} cores to use",
+        "processor": f"{found['cpu']}, {counted(found['cores'], 'core')} to use",
         "instructions": f"{', '.join(instructions) or 'unknown'}: {speed}",
         "memory": f"{found['memory_bytes'] / GIB:.1f} GiB, {machine.available_memory_bytes() / GIB:.1f} free",
         "disk": f"{disk.free / GIB:.1f} GiB free of {disk.total / GIB:.1f}, at {Path.cwd()}",
@@ -80,7 +81,8 @@ def _what_auto_becomes() -> str:
     chosen = resolve(config, rows_per_epoch=1, matrix_parameters=1_000_000)
     return (
         f"device {chosen.device}, precision {chosen.precision}, attention {chosen.attention}, "
-        f"{chosen.num_threads} threads, {chosen.num_lanes} micro-batches side by side"
+        f"{counted(chosen.num_threads, 'thread')}, "
+        f"{counted(chosen.num_lanes, 'micro-batch', 'micro-batches')} side by side"
     )
 
 

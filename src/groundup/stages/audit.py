@@ -7,6 +7,7 @@ from typing import Any
 
 from groundup.base.errors import ConfigError, DataError, NumericsError
 from groundup.base.files import sha256_of
+from groundup.base.log import Log
 from groundup.corpus.config import CorpusConfig
 from groundup.corpus.normalise import normalise
 from groundup.corpus.readers import read_source
@@ -56,6 +57,11 @@ class Audit:
         self.last = figures
         return figures
 
+    def measure_base(self, model: CausalLM, log: Log) -> None:
+        """Measure the texts with the model that the training begins with."""
+        self.base_bits = base_bits_per_byte(model, self.texts, window=self.config.row_length)
+        log.say(f"{self.stage}  {self.config.forgetting_text}: {self.base_bits:.4f} bits per byte before")
+
     def fault(self) -> NumericsError | None:
         """The error of a model that has forgotten more than it may; None if all is well."""
         bits = self.last.get("base_bits_per_byte")
@@ -93,28 +99,23 @@ def make_audit(
     work: Work,
     stage: str,
     config: FinetuneConfig,
-    model: CausalLM,
+    room: int,
     encoder: ChatEncoder,
     held_out: EncodedChats,
     eos_ids: list[int],
 ) -> Audit | None:
-    """The audit a section asks for, the base measured; None where it asks for none. `model` is still the base."""
+    """The audit a section asks for, whose base is still to be measured; None where it asks for none. A prompt has `room` tokens."""
     if not config.audit_prompts and config.forgetting_text is None:
         return None
     chats = held_out.chats[: config.audit_prompts]
-    room = model.config.longest_text - config.audit_tokens
     prompts = [encoder.encode_prompt(chat.prompt, **tools_of(chat)) for chat in chats]
-    audit = Audit(
+    return Audit(
         config,
         stage,
         [prompt for prompt in prompts if len(prompt) <= room],
         eos_ids,
         _texts(work, config, encoder.tokenizer) if config.forgetting_text is not None and work.world.is_first else [],
     )
-    if audit.texts:
-        audit.base_bits = base_bits_per_byte(model, audit.texts, window=config.row_length)
-        work.log.say(f"{stage}  {config.forgetting_text}: {audit.base_bits:.4f} bits per byte before")
-    return audit
 
 
 def _texts(work: Work, config: FinetuneConfig, tokenizer: TextTokenizer) -> list[Text]:

@@ -29,10 +29,14 @@ def show_samples(log: Log, tokenizer: TextTokenizer, chats: EncodedChats) -> Non
 def marked_pieces(
     tokenizer: TextTokenizer, ids: Sequence[int] | NDArray[Any], kinds: Sequence[Kind]
 ) -> list[MarkedText]:
-    """Tokens as text; those that are only together a character stand together."""
+    """Tokens as text; those that are only together a character stand together, and padding is told by how many."""
     pieces: list[MarkedText] = []
     held: list[int] = []
+    num_padding = 0
     for index, (token, kind) in enumerate(zip(ids, kinds, strict=True)):
+        if kind == "padding":
+            num_padding += 1
+            continue
         held.append(int(token))
         text = tokenizer.decode(held)
         goes_on = index + 1 < len(kinds) and kinds[index + 1] == kind and len(held) < 4
@@ -42,8 +46,8 @@ def marked_pieces(
         held = []
     merged: list[MarkedText] = []
     for piece in pieces:
-        if merged and merged[-1].kind == piece.kind and piece.kind in ("supervised", "ignored", "padding"):
+        if merged and merged[-1].kind == piece.kind and piece.kind in ("supervised", "ignored"):
             merged[-1] = MarkedText(merged[-1].text + piece.text, piece.kind)
         else:
             merged.append(piece)
-    return merged
+    return [*merged, MarkedText(f"{num_padding} × padding", "padding")] if num_padding else merged

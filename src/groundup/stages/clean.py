@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from groundup.base.amounts import counted
 from groundup.base.artifact import SUMMARY, ChangePolicy, RunFolder, StageKey
 from groundup.base.config import numerics
 from groundup.base.errors import DataError
@@ -64,7 +65,7 @@ def clean(config: CorpusConfig, run: RunFolder, log: Log, policy: ChangePolicy =
     num_bytes = sum(file.path.stat().st_size for file in sources.files)
     elapsed_seconds = time.monotonic() - started_at
     log.say(
-        f"clean  {len(sources.files):,} files  {num_bytes / 1e6:.1f} MB  {job.ledger.line()}  {elapsed_seconds:.1f} s"
+        f"clean  {counted(len(sources.files), 'file')}  {num_bytes / 1e6:.1f} MB  {job.ledger.line()}  {elapsed_seconds:.1f} s"
     )
     return summary
 

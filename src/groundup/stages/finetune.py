@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from groundup.adapters.files import read_adapter
+from groundup.adapters.lora import for_wrapped
 from groundup.base import machine
 from groundup.base.artifact import StageKey, read_manifest, write_summary
 from groundup.base.config import numerics
@@ -15,7 +16,7 @@ from groundup.base.files import read_json, sha256_of, write_json
 from groundup.base.log import Log
 from groundup.base.pickles import refuse_pickle
 from groundup.base.seeding import derive_seed
-from groundup.checkpoint.huggingface import read_eos_ids, save_model
+from groundup.checkpoint.huggingface import load_model, read_eos_ids, save_model
 from groundup.data.chat_rows import PackedChats
 from groundup.data.packing import PackedDocuments
 from groundup.data.replay import ReplayedRows
@@ -29,7 +30,7 @@ from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_c
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.hub import is_hub_name, model_of_hub
-from groundup.stages.models import load_with_tokenizer
+from groundup.stages.models import base_to_train, tokenizer_beside
 from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
@@ -54,7 +55,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         summary = read_json(work.path(stage) / "summary.json")
         work.log.say(f"{stage}  unchanged  {summary['chats']:,} chats")
         return summary
-    model, tokenizer = load_with_tokenizer(base)
+    tokenizer = tokenizer_beside(base)
+    model, weights = base_to_train(base, is_whole=config.needs_whole_base)
     num_parameters = model.num_parameters()
     tokenizer = with_new_tokens(work, config, attempt.folder, tokenizer, model.model.embed_tokens.num_embeddings)
     padding = model.model.embed_tokens.num_embeddings - tokenizer.vocab_size
@@ -70,7 +72,10 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     check_positions(model.config, config.row_length)
     eos_ids = read_eos_ids(base, tokenizer)
-    audit = make_audit(work, stage, config, model, encoder, data.validation, eos_ids)
+    room = model.config.longest_text - config.audit_tokens
+    audit = make_audit(work, stage, config, room, encoder, data.validation, eos_ids)
+    if audit is not None and audit.texts:
+        audit.measure_base(model if weights is None else load_model(base), work.log)
     adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs["base"])
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
@@ -90,6 +95,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
         run_id=run.run_id,
         key=attempt.key.flat(),
         log=work.log,
+        weights=weights if weights is None or adaptation is None else for_wrapped(weights),
         name_documents=lambda step: _name_rows(source, step * batch_rows, batch_rows),
         sample=lambda live, prompt: _answer(live, encoder, prompt, config.sample_tokens, eos_ids),
         audit=audit,

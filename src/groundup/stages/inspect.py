@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from groundup.base.amounts import counted
 from groundup.base.files import atomic_write
 from groundup.base.log import Log
 from groundup.base.seeding import derive_seed
@@ -52,7 +53,7 @@ def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | 
         shown += [*tokens[at:]]
         kinds += of_row[at:]
         places = ", ".join(f"{data.train.chats[chat].file} byte {data.train.chats[chat].offset}" for chat in chats[:4])
-        title = f"row {index}: {len(chats)} chats ({places}{', …' if len(chats) > 4 else ''}), {num_used} of {len(tokens)} places"
+        title = f"row {index}: {counted(len(chats), 'chat')} ({places}{', …' if len(chats) > 4 else ''}), {num_used} of {len(tokens)} places"
         marked.append(MarkedRow(title, marked_pieces(tokenizer, shown, kinds)))
     _show(work.log, f"{work.recipe.name}: masks of {stage}", marked, html)
 
@@ -74,7 +75,7 @@ def inspect_tokens(work: Work, *, count: int, html: Path | None) -> None:
             kinds[0] = "cut"
         names = ", ".join(str(source.store.record(document).get("file")) for document in documents[:4])
         of = f" of {rows.names[rows.source_of(index)]}" if isinstance(rows, MixedRows) else ""
-        title = f"row {index}{of}: {len(documents)} documents ({names}{', …' if len(documents) > 4 else ''})"
+        title = f"row {index}{of}: {counted(len(documents), 'document')} ({names}{', …' if len(documents) > 4 else ''})"
         marked.append(MarkedRow(title, marked_pieces(tokenizer, tokens, kinds)))
     _show(work.log, f"{recipe.name}: rows of pretraining", marked, html)
 

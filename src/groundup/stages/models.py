@@ -10,7 +10,8 @@ from groundup.base.errors import ConfigError
 from groundup.base.failpoints import reach
 from groundup.base.files import sync_file, sync_folder
 from groundup.base.pickles import refuse_pickle
-from groundup.checkpoint.huggingface import load_model, model_dtype, read_eos_ids, save_model
+from groundup.checkpoint.huggingface import load_model, model_dtype, read_eos_ids, read_model_config, save_model
+from groundup.checkpoint.weight_slices import FolderWeights
 from groundup.model.causal_lm import CausalLM
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -24,6 +25,13 @@ def find_model(model: str) -> Path:
     for folder in (path, *(path / name for name in LAST_FIRST), *(Path("runs") / model / name for name in LAST_FIRST)):
         if (folder / "config.json").is_file():
             return folder
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            "E-MODEL-NONE",
+            what="an adapter alone is no model",
+            where=path,
+            next=f"merge it: `groundup merge {path} --base MODEL --to FOLDER`",
+        )
     raise ConfigError(
         "E-MODEL-NONE", what=f"no model at {model!r}", next="give a model directory, a run's folder or its name"
     )
@@ -31,8 +39,14 @@ def find_model(model: str) -> Path:
 
 def load_with_tokenizer(folder: Path) -> tuple[CausalLM, TextTokenizer]:
     """A model and the tokenizer beside it. Raises ConfigError if the tokenizer has ids for which the model has no row."""
-    tokenizer, model = TextTokenizer(folder), load_model(folder)
-    rows = model.model.embed_tokens.num_embeddings
+    tokenizer = tokenizer_beside(folder)
+    return load_model(folder), tokenizer
+
+
+def tokenizer_beside(folder: Path) -> TextTokenizer:
+    """The tokenizer in a model's directory. Raises ConfigError if it has ids for which the model has no row."""
+    tokenizer, rows = TextTokenizer(folder), read_model_config(folder).vocab_size
+    assert rows != "auto", "a directory says how many rows there are"
     if tokenizer.vocab_size > rows:
         raise ConfigError(
             "E-TOKENIZER-MISMATCH",
@@ -40,7 +54,18 @@ def load_with_tokenizer(folder: Path) -> tuple[CausalLM, TextTokenizer]:
             where=folder,
             next="give the tokenizer the model was trained with",
         )
-    return model, tokenizer
+    return tokenizer
+
+
+def base_to_train(folder: Path, *, is_whole: bool) -> tuple[CausalLM, FolderWeights | None]:
+    """A model to go on training: whole, or without memory, and beside it what gives each rank its part of the values.
+
+    Raises CheckpointError for weights that are not the model's.
+    """
+    if is_whole:
+        return load_model(folder), None
+    model = CausalLM.without_memory(read_model_config(folder))
+    return model, FolderWeights(folder, model)
 
 
 def export_model(model: str, target: Path, dtype: str) -> Path:

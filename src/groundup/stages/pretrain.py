@@ -4,9 +4,9 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from groundup.base import machine
+from groundup.base.amounts import counted
 from groundup.base.artifact import StageKey, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError
@@ -17,6 +17,7 @@ from groundup.data.mixture import MixedRows
 from groundup.generate.text import continue_text
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.model.initial import InitialWeights
 from groundup.stages.text_rows import (
     describe_mixture,
     hashes_of,
@@ -54,8 +55,8 @@ def pretrain(work: Work) -> dict[str, Any]:
     shape = resolve_vocabulary(shape, tokenizer)
     rows = open_rows(sources, config, seed=recipe.seed, vocab_size=tokenizer.vocab_size, log=work.log)
     check_positions(shape, config.row_length)
-    model = CausalLM(shape)
-    model.initialize(torch.Generator().manual_seed(derive_seed(recipe.seed, "weights")))
+    model = CausalLM.without_memory(shape)
+    weights = InitialWeights(model, shape, seed=derive_seed(recipe.seed, "weights"))
     if work.world.is_first:
         write_json(run.path / "machine.json", machine.describe())
     batch_rows = max(1, config.batch_size_tokens // config.row_length)
@@ -75,6 +76,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         sample=lambda live, prompt: continue_text(
             live, tokenizer, prompt, max_new_tokens=config.sample_tokens, seed=recipe.seed
         ),
+        weights=weights,
         token_bytes=np.load(work.path("tokenizer") / "token_bytes.npy"),
         world=work.world,
         is_strict=work.is_strict,
@@ -154,10 +156,10 @@ def describe_run(name: str, training: TrainingRun, num_parameters: int, num_acti
     epochs = resolved.total_steps * resolved.batch_rows / rows_per_epoch
     at_work = f" ({num_active:,} at work for a token)" if num_active < num_parameters else ""
     return (
-        f"{name}  {num_parameters:,} parameters{at_work}  {resolved.total_steps} steps of {config.batch_size_tokens:,} tokens "
+        f"{name}  {num_parameters:,} parameters{at_work}  {counted(resolved.total_steps, 'step')} of {config.batch_size_tokens:,} tokens "
         f"({epochs:.2f} epochs)  {resolved.device} {resolved.precision} {resolved.attention}, "
-        f"{resolved.num_lanes} micro-batch{'es' if resolved.num_lanes > 1 else ''} of {resolved.micro_batch_rows} × "
+        f"{counted(resolved.num_lanes, 'micro-batch', 'micro-batches')} of {resolved.micro_batch_rows} × "
         f"{config.row_length} at once, "
-        f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.num_threads} threads"
+        f"{'compiled' if resolved.compile else 'not compiled'}, {counted(resolved.num_threads, 'thread')}"
         f"{f', {resolved.num_ranks} ranks' if resolved.num_ranks > 1 else ''}{_rates_found(training)}"
     )

@@ -45,6 +45,13 @@ def known_run(run: Path) -> RunRecord:
 
 
 def _refuse_other(run: Path) -> None:
+    if run.is_file():
+        raise ConfigError(
+            "E-RUN-NONE",
+            what="a file, perhaps a recipe, not a run",
+            where=run,
+            next=f"of a recipe tell `groundup plan {run}` and `groundup doctor {run}`; give a run's folder here",
+        )
     if not (run / "recipe.yaml").is_file():
         raise ConfigError(
             "E-RUN-NONE",

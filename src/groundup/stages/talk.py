@@ -2,6 +2,7 @@
 
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,14 +21,16 @@ def generate(model_folder: Path, prompt: str, config: SamplingConfig) -> None:
     torch.set_num_threads(num_cores())
     model, tokenizer = load_with_tokenizer(model_folder)
     model.fuse_for_reading()
-    sys.stdout.write(prompt)
-    for piece in stream_text(
+    pieces = stream_text(
         model,
         tokenizer,
         [tokenizer.end_of_text_id, *tokenizer.encode(prompt)],
         config,
         read_eos_ids(model_folder, tokenizer),
-    ):
+    )
+    first = next(pieces, "")  # a prompt that is refused is not shown
+    sys.stdout.write(prompt)
+    for piece in chain([first], pieces):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

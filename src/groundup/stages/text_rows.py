@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from groundup.base.amounts import counted
 from groundup.base.artifact import Manifest, verify
 from groundup.base.errors import ConfigError, DataError
 from groundup.base.log import Log
@@ -123,7 +124,7 @@ def name_documents(rows: DocumentRows | MixedRows, first_row: int, count: int) -
     for source, document in sorted(documents)[:3]:
         record = documents[source, document].store.record(document)
         named.append(f"{record.get('file', record.get('id'))} byte {record.get('offset', 0)}")
-    return f"{len(documents)} documents: {', '.join(named)}{', …' if len(documents) > 3 else ''}"
+    return f"{counted(len(documents), 'document')}: {', '.join(named)}{', …' if len(documents) > 3 else ''}"
 
 
 def packing_figures(rows: DocumentRows | MixedRows) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from groundup.base.amounts import counted
 from groundup.base.artifact import SUMMARY, Manifest, StageKey, read_manifest, verify, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError, DataError
@@ -98,7 +99,7 @@ def tokenize(work: Work) -> dict[str, Any]:
     run.commit(attempt)
     train, held = counts["train"], counts["validation"]
     work.log.say(
-        f"tokenize  train {train.tokens:,} tokens of {train.documents:,} documents  "
+        f"tokenize  train {train.tokens:,} tokens of {counted(train.documents, 'document')}  "
         f"validation {held.tokens:,} of {held.documents:,}  {summary['seconds']:.1f} s"
     )
     return summary

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from groundup.base.amounts import counted
 from groundup.base.artifact import StageKey, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import DataError
@@ -65,7 +66,7 @@ def train_tokenizer(work: Work) -> dict[str, Any]:
         work.log.say(f"  the text holds no more merges: {tokenizer.vocab_size:,} ids where {wanted:,} were asked for")
     checked = (
         f"{figures['bytes_per_token']:.2f} bytes a token  "
-        f"round trip of {figures['round_trip_documents']:,} documents exact  "
+        f"round trip of {counted(figures['round_trip_documents'], 'document')} exact  "
         if figures
         else ""
     )

@@ -22,8 +22,10 @@ from groundup.train.spread_footprint import (
     layers_of,
     local_model,
     num_micro_batches,
+    numbers_at_start,
 )
 from groundup.train.weight_shapes import Shape, Sizes, adapted, block_shapes, parameter_shapes, trained_shapes
+from groundup.train.zero_footprint import zero_bytes
 
 FP32, INT64 = 4, 8
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -114,7 +116,7 @@ class Footprint:
 
     process: int
     start: int
-    """Weights in fp32, before they are cast."""
+    """Weights in fp32, before they are cast, and the tensor that is being drawn or read."""
     weights: int
     """Masters in fp32, the copy that computes, what is frozen."""
     gradients: int
@@ -172,7 +174,8 @@ def rank_footprint(shape: ModelConfig, training: Training, *, process: int | Non
     spread = training.spread
     trained = held_shapes(trained_shapes(shape, training.adapter), shape, spread)
     lasting = lasting_bytes(shape, training)
-    num_trained, held, moments = sum(map(prod, trained.values())), lasting["weights"] // FP32, lasting["optimizer"]
+    num_trained, moments = sum(map(prod, trained.values())), lasting["optimizer"]
+    held = -(-num_trained // spread.data_shard) if spread.by_deepspeed else lasting["weights"] // FP32
     average = 0 if training.optim.ema_decay is None else FP32 * held
     step, beside = _step_bytes(trained, training.optim)
     activations = training.num_lanes * activation_bytes(shape, training)
@@ -182,9 +185,9 @@ def rank_footprint(shape: ModelConfig, training: Training, *, process: int | Non
     on_device = 0 if is_offloaded else 1  # shards and all that belongs to them lie in the host's memory
     return Footprint(
         process=process or (CUDA_PROCESS if training.device == "cuda" else PROCESS),
-        start=_start_bytes(parameter_shapes(shape), training),
-        weights=on_device * FP32 * held + _computing_bytes(shape, training, held),
-        gradients=_summed_bytes(num_trained, on_device * held, training),
+        start=_start_bytes(shape, training),
+        weights=on_device * FP32 * held + _computing_bytes(shape, training, on_device * held, num_trained),
+        gradients=max(_summed_bytes(num_trained, on_device * held, training), lasting["gradients"] * on_device),
         optimizer=on_device * moments,
         average=on_device * average,
         snapshot=on_device * (FP32 * held + moments + average) if training.saves_while_training else 0,
@@ -202,17 +205,23 @@ def rank_footprint(shape: ModelConfig, training: Training, *, process: int | Non
 def lasting_bytes(shape: ModelConfig, training: Training) -> dict[str, int]:
     """What a rank has of all that is trained between two steps: masters, sums of gradients, moments."""
     trained = held_shapes(trained_shapes(shape, training.adapter), shape, training.spread)
+    if training.spread.by_deepspeed:
+        return zero_bytes(trained, training.spread, training.optim, item=training.item)
     shards = {name: shard_shape(size, training.spread) for name, size in trained.items()}
     own = FP32 * sum(map(prod, shards.values()))
     return {"weights": own, "gradients": own, "optimizer": state_bytes(shards, training.optim)}
 
 
-def _computing_bytes(shape: ModelConfig, training: Training, held: int) -> int:
+def _computing_bytes(shape: ModelConfig, training: Training, held: int, num_trained: int) -> int:
     """What is computed with beside the masters: copies in another dtype, what of shards is gathered, what is frozen."""
     spread = training.spread
     everything = parameter_shapes(shape)
     frozen = _frozen_bytes(everything, training, training.item)
     gathered = training.item * gathered_numbers(held_shapes(everything, shape, spread), spread)
+    if spread.by_deepspeed:
+        return frozen + (
+            training.item * held + gathered if spread.shard == "parameters" else training.item * num_trained
+        )
     if spread.data_shard > 1:  # FSDP casts what it gathers
         return frozen // spread.data_shard + gathered
     return (0 if training.precision == "fp32" else training.item * held) + frozen
@@ -251,13 +260,15 @@ def _frozen_bytes(shapes: Mapping[str, Shape], training: Training, item: int) ->
     return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * item
 
 
-def _start_bytes(shapes: Mapping[str, Shape], training: Training) -> int:
-    """Weights in fp32 as they were read; a GPU is given what is packed already, and of a model that ranks share a part."""
+def _start_bytes(shape: ModelConfig, training: Training) -> int:
+    """Weights in fp32 as they were read or drawn; a GPU is given what is packed already, and of a model that ranks share a part."""
+    shapes = parameter_shapes(shape)
     if training.device == "cuda" and training.spread.is_sharded:
         return 0
     if training.device == "cuda" and _num_packed(shapes, training):
         return _frozen_bytes(shapes, training, FP32)
-    return FP32 * sum(map(prod, shapes.values()))
+    own, in_hand = numbers_at_start(shape, training.spread, training.adapter)
+    return FP32 * (own + (in_hand if training.device != "cuda" or not own else 0))
 
 
 def activation_bytes(shape: ModelConfig, training: Training) -> int:

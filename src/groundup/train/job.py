@@ -11,6 +11,7 @@ from torch import Tensor
 
 from groundup.base.errors import GroundupError
 from groundup.base.log import Log
+from groundup.base.piece import Weights
 from groundup.data.rows import RowSource
 from groundup.model.causal_lm import CausalLM
 from groundup.parallel.world import World
@@ -26,6 +27,7 @@ class TrainingJob:
     config: TrainConfig
     seed: int
     model: CausalLM
+    """With its values, or on the meta device."""
     source: RowSource
     validation: Mapping[str, RowSource]
     folder: Path
@@ -34,6 +36,8 @@ class TrainingJob:
     """Documents of a step's batch, in words, for the guard."""
     sample: Callable[[CausalLM, str], str]
     """Continues a prompt."""
+    weights: Weights | None = None
+    """Where the parameters on the meta device get their values from, each rank its part of each; None: there are none."""
     run_id: str = ""
     """Name of the run in its checkpoints: those of another run are not taken."""
     key: Mapping[str, Any] = field(default_factory=dict)

@@ -34,8 +34,9 @@ GFLOPS_PER_CORE = {torch.float32: 50.0, torch.bfloat16: 200.0}
 CUDA_FLOPS = 1e14
 """Nominal rates of a core and of a GPU, only to tell long runs from short ones."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_PAYS_AFTER_SECONDS = 900.0
-"""Nominal length of a CPU run from which compiling (40 to 60 s on two cores, measured) is won back."""
+COMPILE_PAYS_AFTER_SECONDS = {torch.float32: 900.0, torch.bfloat16: 120.0}
+"""Nominal length of a CPU run from which compiling with a cold cache (20 to 44 s, measured) is won back. In bf16 a step takes
+0.61 to 0.80 of the eager one's time from 1 to 30 M parameters (`python -m benchmarks.compiling`), in fp32 little less."""
 COMPILE_PAYS_AFTER_CUDA_FLOPS = 2e16
 WINDOW_PAYS = 4
 """A row of so many windows is computed faster in chunks, which read the keys of a window alone, in fp32 too (1.04 to 4
@@ -326,15 +327,19 @@ def _compiles(config: TrainConfig, device: str, precision: str, flops: float) ->
         return config.compile
     if device == "cuda":
         return flops > COMPILE_PAYS_AFTER_CUDA_FLOPS
-    return machine.has_compiler() and nominal_seconds(flops, device, precision) > COMPILE_PAYS_AFTER_SECONDS
+    pays_after = COMPILE_PAYS_AFTER_SECONDS[_nominal_dtype(precision)]
+    return machine.has_compiler() and nominal_seconds(flops, device, precision) > pays_after
 
 
 def nominal_seconds(flops: float, device: str, precision: str) -> float:
     """Length of a run by nominal rates, only to tell long ones from short ones."""
     if device == "cuda":
         return flops / CUDA_FLOPS
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return flops / (GFLOPS_PER_CORE[dtype] * 1e9 * machine.num_cores())
+    return flops / (GFLOPS_PER_CORE[_nominal_dtype(precision)] * 1e9 * machine.num_cores())
+
+
+def _nominal_dtype(precision: str) -> torch.dtype:
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def resolve_once(

@@ -48,7 +48,7 @@ class TrainingRun:
         self.resolved = self._resolve()
         self.config = self.resolved.settle(job.config)
         apply_threads(self.resolved)
-        prepare(job.model, self.config, self.resolved, device=self._device, world=self.world)
+        prepare(job.model, self.config, self.resolved, device=self._device, world=self.world, weights=job.weights)
         self.engine = engine_of(self.world)(
             job.model,
             self.config,

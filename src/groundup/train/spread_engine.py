@@ -42,7 +42,8 @@ class SpreadEngine(TorchEngine):
             masters = {name: nn.Parameter(local(weight.detach())) for name, weight in trained.items()}
             copies = {}
         else:
-            masters = {name: nn.Parameter(local(weight.detach()).float().clone()) for name, weight in trained.items()}
+            # in the memory that the model has them in: what it is cast to are tensors of their own
+            masters = {name: nn.Parameter(local(weight.detach()).float()) for name, weight in trained.items()}
             self.model.to(dtype)
             copies = self._trained()
         self._spread = {id(masters[name]): weight for name, weight in (copies or trained).items()}

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
 
+from groundup.adapters.config import AdapterConfig
 from groundup.model.config import ModelConfig
-from groundup.parallel.cut import Spread, held_shape
-from groundup.train.weight_shapes import Shape
+from groundup.parallel.cut import Spread, held_shape, shard_shape
+from groundup.train.weight_shapes import Shape, num_parameters, parameter_shapes, trained_shapes
 
 END_PARTS = ("model.embed_tokens.", "model.norm.", "lm_head.")
 
@@ -42,6 +43,21 @@ def held_shapes(shapes: Mapping[str, Shape], shape: ModelConfig, spread: Spread)
         for name, size in shapes.items()
         if block_of(name) in layers or any(name.startswith(part) and here for part, here in ends.items())
     }
+
+
+def numbers_at_start(shape: ModelConfig, spread: Spread, adapter: AdapterConfig | None) -> tuple[int, int]:
+    """Numbers that a rank has while its model gets its weights: its own part, with what an adapter adds, and in the host's
+    memory what is in hand at a time: of a new model the largest tensor, whole; what is read is taken out of its file.
+
+    Some adapters are made out of a base, and DeepSpeed cuts a model, that every rank has whole in its host's memory.
+    """
+    if spread.by_deepspeed or (adapter is not None and adapter.needs_whole_base):
+        return 0, num_parameters(shape)
+    whole = parameter_shapes(shape)
+    own = sum(prod(shard_shape(size, spread)) for size in held_shapes(whole, shape, spread).values())
+    if adapter is not None:  # which is whole before the base has memory
+        return own + -(-sum(map(prod, trained_shapes(shape, adapter).values())) // spread.data_shard), 0
+    return own, max(map(prod, whole.values()))
 
 
 def block_of(name: str) -> str:

@@ -78,6 +78,15 @@ def learns_by_heart(run):
     run.set_loss(falling, validation=lambda step: 4.0 + 0.004 * abs(step - 80))
 
 
+def gains_by_heart_alone(run):
+    """Validation neither falls nor clearly rises while the training loss goes on falling over text that was read before."""
+    run.set_loss(
+        lambda step: 6.2 - 0.02 * step, validation=lambda step: max(4.6, 6.2 - 0.02 * step) + 0.0004 * max(0, step - 80)
+    )
+    for line in run.metrics:
+        line["epoch"] = line["step"] / 30
+
+
 def repeats(run):
     for line in run.metrics:
         line["epoch"] = line["step"] / 10
@@ -165,7 +174,7 @@ PRETRAINING = {
     "oscillates": [swings, small_batch],
     "spikes": [spikes, spikes_unnamed],
     "plateau": [flat],
-    "over-fits": [learns_by_heart],
+    "over-fits": [learns_by_heart, gains_by_heart_alone],
     "repeated-data": [repeats],
     "leak": [leaks],
     "unlike-losses": [differs],
@@ -217,6 +226,22 @@ def test_symptom_is_named_first_or_second(name, spoil, stage, made, made_sft):
     assert not [
         part for part in (finding.seen, finding.why, finding.next) if "nan" in part.split() and spoil is not not_finite
     ]
+
+
+def test_nothing_is_learned_by_heart_in_a_first_pass(made):
+    gains_by_heart_alone(made)
+    assert "over-fits" in made.names()
+    for line in made.metrics:
+        line["epoch"] = line["step"] / 300
+    assert "over-fits" not in made.names()
+
+
+@pytest.mark.parametrize(("rates", "is_named"), [((1.0, 0.3, 0.2, 0.3), True), ((1.0, 0.3, 0.3, 1.0), False)])
+def test_answers_that_stop_at_the_last_look_do_stop(made_sft, rates, is_named):
+    looked = [line for line in made_sft.metrics if "val" in line][-len(rates) :]
+    for line, rate in zip(looked, rates, strict=True):
+        line["audit"] = {"stop_rate": rate}
+    assert ("never-stops" in made_sft.names()) == is_named
 
 
 def test_the_step_to_go_back_to_and_the_documents_are_named(made):

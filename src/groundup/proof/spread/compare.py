@@ -90,8 +90,6 @@ def _each_distance(whole: Mapping[str, Tensor], engine: TorchEngine, parts: Mapp
     found = {}
     for name, part in parts.items():
         piece = pieces[name]
-        own = whole[name].reshape(piece.whole)[
-            tuple(slice(at, at + size) for at, size in zip(piece.begin, piece.shape, strict=True))
-        ]
+        own = whole[name].reshape(piece.whole)[piece.slices]
         found[name] = float((part - own).norm() / whole[name].norm().clamp(min=1e-12))
     return found

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from groundup.base.amounts import counted
 from groundup.base.errors import ConfigError, DistributedError, DoesNotFit
 from groundup.base.log import Log
 from groundup.checkpoint.huggingface import read_model_config
@@ -29,6 +30,7 @@ from groundup.stages.recipe import Recipe
 from groundup.train.fit import easier, fitting_rows, memory_of_a_rank, training_of
 from groundup.train.footprint import FP32, Footprint, Training, rank_footprint
 from groundup.train.resolve import CUDA_MICRO_BATCH_TOKENS, DTYPES
+from groundup.train.spread_footprint import numbers_at_start
 from groundup.train.spread_traffic import step_payload
 from groundup.train.weight_shapes import num_parameters, parameter_shapes
 
@@ -139,10 +141,13 @@ def planned_lines(name: str, section: Rehearsal, limit: int | None) -> Iterator[
     shape, training, parallel = section.shape, section.training, section.parallel
     degrees = " × ".join(f"{dim} {degree}" for dim, degree in parallel.degrees.items() if degree > 1) or "no mesh"
     yield f"{name}: {section.stage} on {parallel.num_ranks:,} ranks: {degrees}"
+    size = num_parameters(shape)
     yield (
-        f"  {shape.model_type}, {shape.num_hidden_layers} layers of {shape.hidden_size:,}, {num_parameters(shape) / 1e9:.2f} G "
-        f"parameters; {training.device} {training.precision}, attention {training.attention}, {training.num_micro_batches} "
-        f"micro-batches of {training.rows} × {training.row_length} a rank and step"
+        f"  {shape.model_type}, {counted(shape.num_hidden_layers, 'layer')} of {shape.hidden_size:,}, "
+        f"{f'{size / 1e9:.2f} G' if size >= 1e8 else f'{size / 1e6:.2f} M'} parameters; "
+        f"{training.device} {training.precision}, attention {training.attention}, "
+        f"{counted(training.num_micro_batches, 'micro-batch', 'micro-batches')} of {training.rows} × "
+        f"{training.row_length} a rank and step"
     )
     place_ranks = parallel.num_ranks // parallel.pipeline
     for place in sorted({0, parallel.pipeline - 1}):
@@ -193,9 +198,11 @@ def _memory_lines(section: Rehearsal, limit: int | None) -> Iterator[str]:
         num_bytes = getattr(places[worst], field.name)
         if field.name != "start" and num_bytes >= totals[worst] / 1000:
             yield f"    {field.name:<12} {num_bytes / 1e9:>10,.3f} GB"
-    start = FP32 * num_parameters(section.shape)
     if training.device == "cuda":
-        yield f"    at the start every rank builds the model whole, in {start / 1e9:,.2f} GB of its host's memory"
+        own, in_hand = numbers_at_start(section.shape, training.spread, training.adapter)
+        what = "the largest tensor, whole" if own else "the model, whole"
+        if in_hand:
+            yield f"    at the start each rank has {FP32 * in_hand / 1e9:,.2f} GB in its host's memory: {what}"
     if limit is not None and not fits:
         for words, easy in easier(section.shape, training):
             if max(_totals(section.shape, easy)) <= limit:

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groundup.adapters.lora import inject_lora
+from groundup.adapters.lora import for_wrapped, inject_lora
 from groundup.adapters.quantised import quantise_linears
 from groundup.base.log import Log
+from groundup.base.piece import Weights
 from groundup.data.rows import Row
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
+from groundup.model.initial import InitialWeights
 from groundup.parallel.config import ParallelConfig
 from groundup.parallel.world import World
 from groundup.stages.config import FinetuneConfig, PretrainConfig
@@ -70,9 +72,8 @@ def rehearsed(
     goes_on_at = second.state.step
     second.run()
     masters = second.engine.masters
-    whole = sum(
-        parameter.numel() for parameter in _model(stage, shape, section).parameters() if parameter.requires_grad
-    )
+    model, _ = _model(stage, shape, section)
+    whole = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "goes_on_at": goes_on_at,
         "differ": differ,
@@ -89,11 +90,13 @@ def _run(
     config = SECTIONS[stage].model_validate({**section, "duration": f"{num_steps} steps"})
     vocab_size = int(shape["vocab_size"])
     Path(folder).mkdir(exist_ok=True)
+    model, weights = _model(stage, shape, section)
     job = TrainingJob(
         name=stage,
         config=config,
         seed=0,
-        model=_model(stage, shape, section),
+        model=model,
+        weights=weights,
         source=RandomRows(config.row_length, vocab_size),
         validation={"random": RandomRows(config.row_length, vocab_size)},
         folder=Path(folder),
@@ -105,12 +108,17 @@ def _run(
     return TrainingRun(job)
 
 
-def _model(stage: str, shape: Mapping[str, Any], section: Mapping[str, Any]) -> CausalLM:
-    config = SECTIONS[stage].model_validate(section)
-    model = CausalLM(ModelConfig(**shape))
-    model.initialize(torch.Generator().manual_seed(0))
-    if isinstance(config, FinetuneConfig) and config.adapter != "none":
-        if config.adapter == "qlora":
-            quantise_linears(model, config.nf4_maker)
-        inject_lora(model, config, seed=0)
-    return model
+def _model(stage: str, shape: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[CausalLM, Weights | None]:
+    """As the stage makes it: without memory, and what gives each rank its part, unless an adapter is made out of the base."""
+    config, model_config = SECTIONS[stage].model_validate(section), ModelConfig(**shape)
+    model = CausalLM.without_memory(model_config)
+    weights: Weights | None = InitialWeights(model, model_config, seed=0)
+    if not isinstance(config, FinetuneConfig) or config.adapter == "none":
+        return model, weights
+    if config.needs_whole_base:
+        model, weights = CausalLM(model_config), None
+        model.initialize(torch.Generator().manual_seed(0))
+    if config.adapter == "qlora":
+        quantise_linears(model, config.nf4_maker)
+    inject_lora(model, config, seed=0)
+    return model, weights and for_wrapped(weights)

@@ -34,7 +34,8 @@ def never_stops(evidence: Evidence) -> Finding | None:
     looks = stage.audit.get("stop_rate")
     rate, least = stage.figure("stop_rate"), LEAST_STOPPING
     if rate is None and looks:
-        rate, least = statistics.median(looks.values[-3:]), LEAST_STOPPING / 2  # a few prompts, cut short
+        # a few prompts, cut short, one much like another: they stop or go on together, and the last look is what the model is
+        rate, least = max(statistics.median(looks.values[-3:]), looks.values[-1]), LEAST_STOPPING / 2
     if rate is None or rate >= least:
         return None
     return Finding(

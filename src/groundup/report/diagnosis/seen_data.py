@@ -13,12 +13,14 @@ MANY_EPOCHS = 8.0
 (Muennighoff et al., arXiv:2305.16264)."""
 FEW_TOKENS, ENOUGH_TOKENS = 2.0, 20.0
 """Tokens a parameter: far below, and at, the best use of a budget (Hoffmann et al., arXiv:2203.15556)."""
+RISES, GAINED_ALONE = 0.02, 0.1
+"""Of the validation loss: how far it rises, or how far training alone falls while it stands still, where a text is read again."""
 TOKEN_DEVIATION = 2.5
 """Standard deviation of a token's loss in nats, roughly, at any stage of training."""
 
 
 def overfits(evidence: Evidence) -> Finding | None:
-    """The validation loss rises while the training loss falls."""
+    """The training loss falls alone: the validation loss rises, or stands still while text is read again."""
     looks = evidence.validation_loss
     if len(looks) < 3 or not evidence.has_curve:
         return None
@@ -26,14 +28,18 @@ def overfits(evidence: Evidence) -> Finding | None:
     best, last = looks.values[at], looks.values[-1]
     step = looks.steps[at]
     falls = evidence.trend_at(step) - evidence.end
-    if last < 1.02 * best or falls <= 0 or at == len(looks) - 1:
+    if falls <= 0 or at == len(looks) - 1:
+        return None
+    # in a first pass there is nothing to have learned by heart: training falls alone only where it measures something else
+    is_read_again = max(evidence.stage.epoch.values, default=0.0) >= 2
+    if last < (1 + RISES) * best and not (is_read_again and falls > GAINED_ALONE * best and evidence.end < last):
         return None
     return Finding(
         "the model over-fits",
         f"validation was best at step {step}, {best:.3f}, and is {last:.3f} at the end, {percent(last / best - 1)} higher, "
-        f"while the training loss fell by {falls:.3f} to {evidence.end:.3f}",
+        f"while the training loss fell by {falls:.3f} more to {evidence.end:.3f}",
         f"take the checkpoint of step {step}, which is kept as the best; train to there, add data, or set dropout",
-        min(0.97, 0.8 + 2 * (last / best - 1.02)),
+        min(0.97, 0.8 + 2 * max(0.0, last / best - 1 - RISES)),
     )
 
 
