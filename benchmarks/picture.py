@@ -93,7 +93,7 @@ def draw_time(axes: Axes) -> None:
         axes.plot(times, [float(one) for _, one in shares], "o-", color=OURS, markersize=4, linewidth=1.4)
         axes.plot([minutes], [best], "s", color=INK, markersize=6)
     axes.plot([], [], "o-", color=OURS, label="groundup")
-    axes.plot([], [], "s", color=INK, label="transformers Trainer, its best rate")
+    axes.plot([], [], "s", color=INK, label="Trainer, its best rate")
     axes.set_xscale("log")
     ticks = [0.5, 1, 2, 5, 10, 30]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -101,7 +101,7 @@ def draw_time(axes: Axes) -> None:
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("bits per byte, held out")
     axes.grid(axis="y", color="#e5e7eb")
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper right")
     axes.set_title("Time to quality", loc="left")
 
 
