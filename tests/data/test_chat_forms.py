@@ -102,6 +102,7 @@ def test_tools_are_found_wherever_they_stand(row):
         {"messages": [ASKED[0], {"role": "assistant", "content": "", "tool_calls": "{"}]},
         {"messages": [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "x"}]}]},
         {"messages": [ASKED[0], {"role": "assistant", "content": "r", "weight": 2}]},
+        {"messages": [ASKED[0], {"role": "assistant", "content": "r", "weight": 0.3}]},
         {"messages": [ASKED[0], {"role": "assistant", "content": "r", "weight": "1"}]},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "add(1)"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASKED[1]]},

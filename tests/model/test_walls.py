@@ -103,6 +103,10 @@ def test_packed_equals_separate(make_model, maker):
         for one, other in zip(packed_gradients, gradients, strict=True):
             # four sums of products, each rounded in its own order
             assert (one - other).norm() <= 2e-6 * other.norm()
+        apart = torch.stack(
+            [(one - other).norm() for one, other in zip(packed_gradients, gradients, strict=True)]
+        ).norm()
+        assert apart <= 1e-6 * torch.stack([other.norm() for other in gradients]).norm(), "all gradients together"
 
 
 def test_segments_by_hand():

@@ -181,8 +181,11 @@ def _weight_of(turn: Mapping[str, Any], number: int) -> Message:
     weight = turn.get("weight")
     if weight is None:
         return {}
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
-        raise RowFault("W-FIELD-TYPE", f"the weight of turn {number} is not a number from 0 to 1")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        # one between them would be learned as if it were 1
+        raise RowFault(
+            "W-FIELD-TYPE", f"the weight of turn {number} is neither 0 nor 1: a turn is learned or it is not"
+        )
     return {"weight": float(weight)}
 
 

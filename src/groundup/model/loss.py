@@ -1,6 +1,5 @@
 """The one loss: cross-entropy of next tokens, computed in chunks of rows so that full logits never exist."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for name in (NLL, *options.terms())
         }
         gradient_of = _logits_gradient if shard is None else partial(_own_logits_gradient, shard)
-        for begin, end in _even_parts(len(labels_N), max(1, CHUNK_ELEMENTS // weight_VD.shape[0])):
+        for begin, end in _chunks(len(labels_N), max(1, CHUNK_ELEMENTS // weight_VD.shape[0]), h_ND.dtype):
             labels_C1 = labels_N[begin:end, None]
             chunk = {name: values_N[begin:end, None] for name, values_N in terms.items()}
             grad_CV = gradient_of((h_ND[begin:end] @ weight_VD.t()).float(), labels_C1, chunk, options)
@@ -170,10 +169,15 @@ class _HeadGradient:
         self._sum_VD = product_VD if self._sum_VD is None else self._sum_VD.float().add_(product_VD)
 
 
-def _even_parts(length: int, most: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of as few parts of at most `most` as there can be; none of them is a small rest."""
-    num_parts = -(-length // most)
-    yield from itertools.pairwise(length * number // num_parts for number in range(num_parts + 1)) if length else ()
+def _chunks(length: int, most: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(begin, end) of as few chunks of at most `most` rows as there can be: in 16 bits even ones, without a small rest; in fp32
+    full ones and the rest, as sums of runs that began with an earlier version are."""
+    num_chunks = -(-length // most)
+    for number in range(num_chunks):
+        if dtype == torch.float32:
+            yield number * most, min(length, (number + 1) * most)
+        else:
+            yield length * number // num_chunks, length * (number + 1) // num_chunks
 
 
 def _logits_gradient(logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, Tensor], options: LossOptions) -> Tensor:
