@@ -185,6 +185,11 @@ def test_loss_on_the_last_turn_alone(tokenizer):
     assert learned_text(tokenizer, encoded(tokenizer, chat, loss_on="last")) == "second<|im_end|>"
 
 
+def test_whether_an_end_is_learned_is_told(tokenizer):
+    chats = encoded(tokenizer, turns(("one", "first")))
+    assert chats.learns_any([tokenizer.end_of_turn_id]) and not chats.learns_any([tokenizer.end_of_text_id])
+
+
 def test_a_turn_of_weight_0_is_seen_and_not_learned(tokenizer):
     messages = list(turns(("one", "first"), ("two", "second")).messages)
     messages[1] = {**messages[1], "weight": 0}

@@ -88,6 +88,15 @@ def test_a_bad_chat_ends_the_stage_where_that_is_asked_for(sft, tmp_path, number
     assert not (tmp_path / "runs" / "case" / "sft").exists()
 
 
+def test_answers_that_are_taught_no_end_are_told_before_they_train(sft, tmp_path, monkeypatch):
+    monkeypatch.setattr("groundup.stages.finetune.read_eos_ids", lambda folder, tokenizer: [tokenizer.end_of_text_id])
+    said = groundup("sft", sft, "--runs-dir", tmp_path / "runs")
+    assert "W-NO-STOP" in said.out + said.err and "none will stop" in said.out + said.err
+    monkeypatch.undo()
+    said = groundup("sft", sft, "--runs-dir", tmp_path / "runs", "--name", "other")
+    assert "W-NO-STOP" not in said.out + said.err
+
+
 def test_no_usable_chat_is_an_error_with_the_reasons(sft, tmp_path):
     """C09."""
     recipe = sft

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -109,6 +109,10 @@ class EncodedChats:
     def mask(self, index: int) -> np.ndarray[Any, Any]:
         """Whether each id of a chat is supervised."""
         return self._masks[index]
+
+    def learns_any(self, ids: Collection[int]) -> bool:
+        """Whether one of some ids is supervised in any chat."""
+        return any(np.isin(own[mask], sorted(ids)).any() for own, mask in zip(self._ids, self._masks, strict=True))
 
 
 def tools_of(chat: Chat) -> dict[str, Any]:

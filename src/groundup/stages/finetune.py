@@ -72,6 +72,12 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     check_positions(model.config, config.row_length)
     eos_ids = read_eos_ids(base, tokenizer)
+    if len(data.train.chats) and not data.train.learns_any(eos_ids):
+        work.log.warn(
+            "W-NO-STOP",
+            f"{stage}: no answer is taught a token that ends generation, so none will stop; the base's tokenizer or its "
+            "chat_template lacks an end of turn",
+        )
     room = model.config.longest_text - config.audit_tokens
     audit = make_audit(work, stage, config, room, encoder, data.validation, eos_ids)
     if audit is not None and audit.texts:
