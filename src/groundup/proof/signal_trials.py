@@ -20,7 +20,7 @@ STEP = 7
 # Each phase: the moments that make it long. The first of them is when the signal is sent. A computation that is one
 # piece to us (compiling) is stretched whole; one that is made of pieces is stretched piece by piece.
 PHASES: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "init": [{"call": "CausalLM.initialize", "sleep": LONG}],
+    "init": [{"call": "InitialWeights.__call__", "sleep": LONG}],
     "compile": [{"call": "TorchEngine.forward_backward", "sleep": LONG}],
     "data": [{"call": "PackedDocuments.__init__", "sleep": LONG}],
     "train": [{"call": "TorchEngine.optimizer_step", "nth": STEP, "sleep": 0.5}],
