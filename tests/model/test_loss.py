@@ -40,6 +40,12 @@ def test_loss_and_gradients_equal_those_of_full_logits(monkeypatch, dtype, ignor
         torch.testing.assert_close(found, wanted, **TOLERANCE[dtype])
 
 
+def test_fp32_keeps_the_chunks_of_earlier_runs_and_16_bits_have_even_ones():
+    chunks = {dtype: list(loss._chunks(10, 4, dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    assert chunks[torch.float32] == [(0, 4), (4, 8), (8, 10)] and list(loss._chunks(0, 4, torch.float32)) == []
+    assert chunks[torch.bfloat16] == [(0, 3), (3, 6), (6, 10)] and list(loss._chunks(0, 4, torch.bfloat16)) == []
+
+
 @pytest.mark.parametrize("rows", [1, 4, 5, 7, 33, 1000])
 def test_the_head_s_gradient_in_bf16_is_that_of_all_rows_however_many_are_gathered(monkeypatch, rows):
     """Chunks of at most four rows, gathered up to `rows` of them for one product."""

@@ -72,6 +72,15 @@ def test_nothing_tokenized_yet_is_said_and_no_failure(tmp_path, recipe, capsys):
     assert "SKIP  pretrain" in capsys.readouterr().out
 
 
+def test_what_is_broken_is_no_skip(tmp_path, recipe, capsys):
+    section = {"data": "embedded:docstrings", "init_from": str(tmp_path / "nowhere"), "duration": "1 epochs"}
+    broken = recipe | {"sft": section | {"row_length": 32, "batch_size_tokens": 64}}
+    with pytest.raises(DataError, match="1 of 1 check failed"):
+        check_recipe(work_of(tmp_path, broken))
+    out = capsys.readouterr().out
+    assert "SKIP  pretrain" in out and "FAIL  sft" in out
+
+
 def test_a_recipe_is_looked_at_before_it_trains(tmp_path, recipe, capsys, monkeypatch):
     run_stages(work_of(tmp_path, recipe), ("clean", "tokenizer", "tokenize"))
     capsys.readouterr()

@@ -73,9 +73,11 @@ def _zeros_without_memory(model: nn.Module) -> Iterator[None]:
     for module, name, parameter in empty:
         zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
         module.register_parameter(name, nn.Parameter(zeros, requires_grad=parameter.requires_grad))
-    yield
-    for module, name, parameter in empty:
-        module.register_parameter(name, parameter)
+    try:
+        yield
+    finally:
+        for module, name, parameter in empty:
+            module.register_parameter(name, parameter)
 
 
 def for_wrapped(weights: Weights) -> Weights:

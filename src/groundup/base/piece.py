@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+Slices = tuple[slice, ...]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -29,7 +31,7 @@ class Piece:
         return self.shape == self.whole
 
     @property
-    def slices(self) -> tuple[slice, ...]:
+    def slices(self) -> Slices:
         """Its place in the whole, to index it with."""
         return tuple(slice(at, at + size) for at, size in zip(self.begin, self.shape, strict=True))
 
@@ -37,7 +39,7 @@ class Piece:
     def num_elements(self) -> int:
         return prod(self.shape)
 
-    def overlap(self, other: "Piece") -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    def overlap(self, other: "Piece") -> tuple[Slices, Slices] | None:
         """Where what both hold lies in this piece, and where in the other; None if they share nothing."""
         mine, theirs = [], []
         for begin, size, other_begin, other_size in zip(self.begin, self.shape, other.begin, other.shape, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from groundup.base.piece import Piece
+from groundup.base.piece import Piece, Slices
 from groundup.model.config import SPARSE_TYPES, ModelConfig
 
 STACKED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -64,9 +64,6 @@ def stacked(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         if f"{place}.{block}.gate.weight" in found:
             found[f"{place}.mlp.gate.weight"] = found.pop(f"{place}.{block}.gate.weight")
     return found
-
-
-Slices = tuple[slice, ...]
 
 
 def places_on_disk(config: ModelConfig, name: str, piece: Piece) -> Iterator[tuple[str, Slices, Slices]]:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from groundup.base.errors import CheckpointError
-from groundup.base.piece import Piece
+from groundup.base.piece import Piece, Slices
 from groundup.checkpoint.attempt import SUFFIX, Checkpoint
 
 Entries = dict[str, dict[str, Any]]
 Layout = dict[str, Entries]
-Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from groundup.base.piece import Piece
+from groundup.base.piece import Piece, Slices
 from groundup.checkpoint.experts import places_on_disk
 from groundup.checkpoint.huggingface import belonging, damage_named, refuse_not_finite
 from groundup.checkpoint.weight_files import weight_files
@@ -57,7 +57,7 @@ class FolderWeights:
         assert found is not None, f"{name} lies nowhere"
         return found
 
-    def _slice(self, name: str, place: tuple[slice, ...], files: dict[Path, Any], opened: ExitStack) -> Tensor:
+    def _slice(self, name: str, place: Slices, files: dict[Path, Any], opened: ExitStack) -> Tensor:
         path = self._file_of[name]
         with damage_named(path):
             if path not in files:

@@ -25,7 +25,7 @@ from groundup.data.rows import RowSource
 from groundup.data.token_store import TokenStore
 from groundup.model.config import ModelConfig
 from groundup.model.loss import IGNORE_INDEX
-from groundup.stages.chat_data import load_chats, read_rows
+from groundup.stages.chat_data import chat_encoder_of, load_chats, read_rows
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.finetune import FinetuneStage, given_base
 from groundup.stages.pretrain import resolve_vocabulary
@@ -34,7 +34,6 @@ from groundup.stages.starter import BYTES_A_TOKEN, EXPANSION
 from groundup.stages.text_rows import open_rows, text_sources
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
-from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
 
 ROWS_LOOKED_AT = 64
 """Rows whose labels and documents are counted."""
@@ -185,9 +184,7 @@ def tuning(recipe: Recipe, work: Work | None, stage: FinetuneStage, log: Log) ->
             )
         vocabulary = recipe.model.vocab_size if recipe.model.vocab_size != "auto" else vocabulary_of(recipe)
         return recipe.model.model_copy(update={"vocab_size": vocabulary}), _estimated_chats(config, vocabulary)
-    encoder = ChatEncoder(
-        TextTokenizer(base), BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
-    )
+    encoder = chat_encoder_of(config, base)
     before = resident_bytes()
     data = load_chats(config, encoder)
     rows: RowSource = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(recipe.seed, stage))

@@ -17,7 +17,8 @@ from groundup.corpus.sources import find_sources
 from groundup.data.chats import Chat, as_chat, read_chats
 from groundup.data.encoded_chats import EncodedChats, split_chats
 from groundup.stages.config import FinetuneConfig
-from groundup.tokenizer.chat import ChatEncoder
+from groundup.tokenizer.bpe import TextTokenizer
+from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
 
 EMBEDDED = {"embedded:docstrings": docstring_chats, "embedded:parameters": parameter_chats}
 EMBEDDED_NOTE = "The questions are about functions that were never asked about in training; their source may stand in the pretraining text."
@@ -69,6 +70,16 @@ def _refuse_unknown(data: str) -> None:
         raise ConfigError(
             "E-CONFIG-VALUE", what=f"unknown embedded chats {data!r}", next=f"known: {', '.join(EMBEDDED)}"
         )
+
+
+def chat_template_of(config: FinetuneConfig, folder: Path) -> str:
+    """The template that a section asks for: the built-in one, or that of the model in a directory."""
+    return BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(folder)
+
+
+def chat_encoder_of(config: FinetuneConfig, folder: Path) -> ChatEncoder:
+    """The tokenizer in a model directory, with the section's template."""
+    return ChatEncoder(TextTokenizer(folder), chat_template_of(config, folder))
 
 
 def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:

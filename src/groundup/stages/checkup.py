@@ -3,13 +3,14 @@ against segments, data against batch and ranks. Nothing is trained, and no weigh
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from groundup.base.amounts import counted
-from groundup.base.errors import ConfigError, DataError, GroundupError
+from groundup.base.errors import DataError, GroundupError
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import read_model_config
 from groundup.data.chat_rows import PackedChats
@@ -17,13 +18,12 @@ from groundup.data.rows import Row
 from groundup.model.config import ModelConfig
 from groundup.model.loss import IGNORE_INDEX
 from groundup.parallel.mesh import ROW_DIMS
-from groundup.stages.chat_data import load_chats
+from groundup.stages.chat_data import chat_encoder_of, load_chats
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
 from groundup.stages.pretrain import check_positions, resolve_vocabulary
 from groundup.stages.text_rows import open_rows, text_sources
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
-from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
 from groundup.train.config import TrainConfig
 
 ROWS_LOOKED_AT = 64
@@ -66,8 +66,10 @@ def check_recipe(work: Work) -> None:
     for stage, make in opened.items():
         try:
             data = make()
-        except (ConfigError, DataError) as error:
-            work.log.say(f"  SKIP  {stage:<10}{error.what}; {error.next}")
+        except GroundupError as error:
+            is_early = error.code == "E-STAGE-NONE"
+            num_checks, num_failed = num_checks + (not is_early), num_failed + (not is_early)
+            work.log.say(f"  {'SKIP' if is_early else 'FAIL'}  {stage:<10}{error.what}; {error.next}")
             continue
         for name, fault, words in _checks(work, data):
             num_checks, num_failed = num_checks + 1, num_failed + (fault is not None)
@@ -134,11 +136,7 @@ def _batches(work: Work, config: TrainConfig, rows_per_epoch: int) -> tuple[str 
     """(what is wrong, what was found): an epoch against a step, and a step against the ranks that share its rows."""
     batch_rows, rest = divmod(config.batch_size_tokens, config.row_length)
     found = f"{counted(rows_per_epoch, 'row')} an epoch, {batch_rows:,} a step"
-    parallel = work.recipe.parallel
-    shares = 1
-    for dim in ROW_DIMS:
-        degree = getattr(parallel, dim)
-        shares *= max(1, degree)
+    shares = prod(max(1, getattr(work.recipe.parallel, dim)) for dim in ROW_DIMS)  # -1 is as many as there will be
     if rest:
         return (
             f"batch_size_tokens={config.batch_size_tokens} is not a multiple of row_length={config.row_length}",
@@ -151,7 +149,7 @@ def _batches(work: Work, config: TrainConfig, rows_per_epoch: int) -> tuple[str 
         )
     if batch_rows < shares:
         return f"{shares} ranks share {counted(batch_rows, 'row')}: some compute nothing; raise the batch", found
-    return None, f"{found}, {counted(shares, 'share')}"
+    return None, found if shares == 1 else f"{found}, shared by {shares} ranks"
 
 
 def _said(check: Callable[[], None]) -> str | None:
@@ -175,8 +173,7 @@ def _of_pretraining(work: Work) -> StageData:
 
 def _of_finetuning(work: Work, stage: FinetuneStage) -> StageData:
     config, base = section_of(work, stage), base_model(work, stage)
-    tokenizer = TextTokenizer(base)
-    template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
-    data = load_chats(config, ChatEncoder(tokenizer, template))
+    encoder = chat_encoder_of(config, base)
+    data = load_chats(config, encoder)
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(work.recipe.seed, stage))
-    return StageData(config, read_model_config(base), tokenizer, rows)
+    return StageData(config, read_model_config(base), encoder.tokenizer, rows)

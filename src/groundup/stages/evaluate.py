@@ -24,12 +24,12 @@ from groundup.eval.config import EvalConfig
 from groundup.eval.perplexity import TextMeasure, measure_texts
 from groundup.generate.config import SamplingConfig
 from groundup.model.causal_lm import CausalLM
-from groundup.stages.chat_data import ChatData, data_hash, load_chats
+from groundup.stages.chat_data import ChatData, chat_encoder_of, data_hash, load_chats
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
 from groundup.stages.models import load_with_tokenizer
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
-from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
+from groundup.tokenizer.chat import ChatEncoder
 
 CODE_VERSION = 1
 NUM_EXAMPLES = 8
@@ -171,9 +171,8 @@ def _priming_text(store: TokenStore, tokenizer: TextTokenizer, max_bytes: int) -
 
 def _chat_figures(work: Work, stage: FinetuneStage, model_folder: Path) -> dict[str, Any]:
     config, evaluation = section_of(work, stage), work.recipe.eval
-    tokenizer = TextTokenizer(model_folder)
-    template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(model_folder)
-    encoder = ChatEncoder(tokenizer, template)
+    encoder = chat_encoder_of(config, model_folder)
+    tokenizer = encoder.tokenizer
     data = load_chats(config, encoder)
     held_out = PackedChats(data.validation, row_length=config.row_length, seed=0, is_shuffled=False)
     base = base_model(work, stage)

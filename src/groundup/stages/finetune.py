@@ -26,7 +26,7 @@ from groundup.generate.generator import complete
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.adapting import adapt, with_new_tokens
 from groundup.stages.audit import Audit, forgetting_hash, make_audit
-from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, data_hash, load_chats
+from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, chat_template_of, data_hash, load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.hub import is_hub_name, model_of_hub
@@ -34,7 +34,7 @@ from groundup.stages.models import base_to_train, tokenizer_beside
 from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
-from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
+from groundup.tokenizer.chat import ChatEncoder
 from groundup.train.job import TrainingJob
 from groundup.train.run import TrainingRun
 
@@ -48,7 +48,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     config = section_of(work, stage)
     base = base_model(work, stage)
     inputs = _inputs(work, config, base)
-    template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
+    template = chat_template_of(config, base)
     settings = {"seed": recipe.seed, stage: numerics(config), "template": template}
     attempt = work.begin_training(StageKey(stage, CODE_VERSION, settings, inputs))
     if attempt is None:

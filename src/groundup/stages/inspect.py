@@ -15,22 +15,19 @@ from groundup.data.chat_rows import PackedChats
 from groundup.data.mixture import MixedRows
 from groundup.model.loss import IGNORE_INDEX
 from groundup.report.token_view import Kind, MarkedRow, for_terminal, legend, page
-from groundup.stages.chat_data import load_chats
+from groundup.stages.chat_data import chat_encoder_of, load_chats
 from groundup.stages.chat_samples import marked_pieces
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
 from groundup.stages.text_rows import open_rows, text_sources
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
-from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
 
 
 def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | None) -> None:
     """Show the first rows of a fine-tuning stage: which tokens are learned, where chats begin, end and were cut."""
     config = section_of(work, stage)
-    base = base_model(work, stage)
-    tokenizer = TextTokenizer(base)
-    template = BUILT_IN_TEMPLATE if config.chat_template == "built-in" else read_template(base)
-    data = load_chats(config, ChatEncoder(tokenizer, template))
+    encoder = chat_encoder_of(config, base_model(work, stage))
+    tokenizer, data = encoder.tokenizer, load_chats(config, encoder)
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(work.recipe.seed, stage))
     marked = []
     for index in range(min(count, rows.rows_per_epoch)):

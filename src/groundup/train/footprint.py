@@ -9,6 +9,7 @@ from math import prod
 
 from groundup.adapters.config import AdapterConfig
 from groundup.model.config import ModelConfig
+from groundup.model.loss import CHUNK_ELEMENTS, GATHERED_BYTES
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import group_of, kind_of
 from groundup.optim.state import state_bytes
@@ -33,9 +34,6 @@ NF4_BYTES = 0.52
 """A weight in 4 bits, with its share of the scales."""
 UNPACKING_BYTES = 12
 """What a weight in 4 bits takes while it is unpacked for a product."""
-LOGITS_IN_A_CHUNK = 1 << 21
-GATHERED_BYTES = 1 << 24
-"""As in model/loss.py."""
 QUERIES_IN_A_CHUNK = 256
 """As in model/makers.py."""
 PROCESS = 360 << 20
@@ -420,16 +418,15 @@ def logits_bytes(shape: ModelConfig, training: Training) -> int:
     if not is_last(training.spread):
         return 0
     vocab = Sizes(local_model(shape, training.spread)).vocab
-    chunk = min(training.tokens, max(1, LOGITS_IN_A_CHUNK // vocab)) * vocab
+    chunk = min(training.tokens, max(1, CHUNK_ELEMENTS // vocab)) * vocab
     kept = training.tokens * shape.hidden_size * training.item
     passes = int(in_flight(training.spread, training.num_micro_batches))
-    if training.item == FP32 or training.adapter is not None:
-        head = vocab * shape.hidden_size * FP32 if training.adapter is None else 0
-        return passes * (kept + head) + max(chunk * (2 * FP32 + (training.item if training.item != FP32 else 0)), head)
+    is_trained, is_cast = training.adapter is None, training.item != FP32
     whole = training.tokens * vocab * training.item
-    gathered = min(whole, max(GATHERED_BYTES, chunk * training.item))
-    head = vocab * shape.hidden_size * (training.item if gathered == whole else FP32)
-    return passes * (kept + head) + gathered + max(chunk * 2 * FP32, head)
+    gathered = min(whole, max(GATHERED_BYTES, chunk * training.item)) if is_trained and is_cast else 0
+    head = is_trained * vocab * shape.hidden_size * (training.item if gathered == whole else FP32)
+    cast = chunk * training.item if is_cast and not is_trained else 0
+    return passes * (kept + head) + gathered + max(chunk * 2 * FP32 + cast, head)
 
 
 def _backward_bytes(shape: ModelConfig, training: Training) -> int:
