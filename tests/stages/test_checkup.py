@@ -98,17 +98,21 @@ def test_a_recipe_is_looked_at_before_it_trains(tmp_path, recipe, capsys, monkey
         with pytest.raises(DataError, match="E-DOCTOR-RECIPE: 1 of 4 checks failed"):
             check_recipe(work_of(tmp_path, changed))
         assert f"FAIL  pretrain  {check}" in capsys.readouterr().out
-    shifted = checkup.open_rows
+    opened = checkup.open_rows
+    for change, says in (
+        (lambda labels: np.roll(labels, 1), "learns id"),
+        (lambda labels: np.full_like(labels, IGNORE_INDEX), "nothing to learn"),
+    ):
 
-    def open_shifted(*arguments, **options):
-        found = shifted(*arguments, **options)
-        whole = found.train.row
-        monkeypatch.setattr(
-            found.train, "row", lambda index: (whole(index)[0], np.roll(whole(index)[1], 1), whole(index)[2])
-        )
-        return found
+        def open_changed(*arguments, change=change, **options):
+            found = opened(*arguments, **options)
+            whole = found.train.row
+            monkeypatch.setattr(
+                found.train, "row", lambda index: (whole(index)[0], change(whole(index)[1]), whole(index)[2])
+            )
+            return found
 
-    monkeypatch.setattr(checkup, "open_rows", open_shifted)
-    with pytest.raises(DataError):
-        check_recipe(work_of(tmp_path, recipe))
-    assert "FAIL  pretrain  labels" in capsys.readouterr().out
+        monkeypatch.setattr(checkup, "open_rows", open_changed)
+        with pytest.raises(DataError):
+            check_recipe(work_of(tmp_path, recipe))
+        assert "FAIL  pretrain  labels" in (out := capsys.readouterr().out) and says in out

@@ -24,6 +24,7 @@ from groundup.train.footprint import (
     activation_bytes,
     footprint,
     lasting_bytes,
+    loss_kept_bytes,
 )
 from groundup.train.spread_footprint import numbers_at_start
 from groundup.train.weight_shapes import num_parameters, parameter_shapes, trained_shapes
@@ -89,8 +90,7 @@ def saved_bytes(model, rows, length):
 
 
 def planned_bytes(shape, training):
-    head = 0 if training.adapter else shape.vocab_size * shape.hidden_size * training.item  # one product for all rows
-    return activation_bytes(shape, training) + training.tokens * shape.hidden_size * training.item + head
+    return activation_bytes(shape, training) + loss_kept_bytes(shape, training)
 
 
 @pytest.mark.parametrize("precision", DTYPES)

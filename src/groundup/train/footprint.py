@@ -413,20 +413,29 @@ class Block:
 
 
 def logits_bytes(shape: ModelConfig, training: Training) -> int:
-    """A chunk of logits with its gradient, and what the one loss keeps: gradients of its input and of the head, for which
-    16-bit chunks are gathered."""
+    """A chunk of logits with its gradient, 16-bit chunks that are gathered for the head's, and what the one loss keeps."""
     if not is_last(training.spread):
         return 0
+    chunk, gathered, head = _loss_bytes(shape, training)
+    passes = int(in_flight(training.spread, training.num_micro_batches))
+    cast = chunk * training.item if training.item != FP32 and not gathered else 0
+    return passes * loss_kept_bytes(shape, training) + gathered + max(chunk * 2 * FP32 + cast, head)
+
+
+def loss_kept_bytes(shape: ModelConfig, training: Training) -> int:
+    """What the one loss keeps for the backward pass: the gradients of its input and of the head."""
+    return training.tokens * shape.hidden_size * training.item + _loss_bytes(shape, training)[-1]
+
+
+def _loss_bytes(shape: ModelConfig, training: Training) -> tuple[int, int, int]:
+    """(elements of a chunk of logits, bytes of chunks that are gathered, bytes of the head's gradient)."""
     vocab = Sizes(local_model(shape, training.spread)).vocab
     chunk = min(training.tokens, max(1, CHUNK_ELEMENTS // vocab)) * vocab
-    kept = training.tokens * shape.hidden_size * training.item
-    passes = int(in_flight(training.spread, training.num_micro_batches))
-    is_trained, is_cast = training.adapter is None, training.item != FP32
+    if training.adapter is not None:
+        return chunk, 0, 0
     whole = training.tokens * vocab * training.item
-    gathered = min(whole, max(GATHERED_BYTES, chunk * training.item)) if is_trained and is_cast else 0
-    head = is_trained * vocab * shape.hidden_size * (training.item if gathered == whole else FP32)
-    cast = chunk * training.item if is_cast and not is_trained else 0
-    return passes * (kept + head) + gathered + max(chunk * 2 * FP32 + cast, head)
+    gathered = min(whole, max(GATHERED_BYTES, chunk * training.item)) if training.item != FP32 else 0
+    return chunk, gathered, vocab * shape.hidden_size * (training.item if gathered == whole else FP32)
 
 
 def _backward_bytes(shape: ModelConfig, training: Training) -> int:
