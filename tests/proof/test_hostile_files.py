@@ -138,7 +138,7 @@ def test_a_pickle_in_a_checkpoint(engine, trials, tmp_path, name, payload):
     marker = tmp_path / "marker"
     run = engine.fresh_run("pretrain", "checkpoint-pickle")
     metrics = run / ".attempts" / "pretrain" / "metrics.jsonl"
-    sends = [{"signal": "SIGKILL", "lines_of": str(metrics), "lines": 5}]
+    sends = [{"signal": "SIGKILL", "lines_of": str(metrics), "lines": 8}]  # past step 6, whose save waits for step 3's
     trials.run(*engine.command("pretrain", run.parent), sends=sends)
     folders = [path.parent for path in (run / ".attempts/pretrain/checkpoints").glob("*/*/MANIFEST.json")]
     assert folders, "there is no checkpoint to spoil"

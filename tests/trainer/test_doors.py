@@ -167,7 +167,8 @@ def test_doors_run_under_torchrun(folder, num_processes):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for script, data in (("train_pretrain.py", "x.jsonl"), ("train_full_sft.py", "chats.jsonl")):
         command = [*launcher, str(TRAINER / script), "--data_path", data, *SMALL, "--batch_size", "4"]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-6000:]}"
     for name in ("pretrain", "full_sft"):
         assert (folder / "out" / f"{name}_32" / "model.safetensors").is_file()
         stage = folder / "out" / ".groundup" / f"{name}_32" / ("pretrain" if name == "pretrain" else "sft")
