@@ -1,5 +1,8 @@
 """What ranks say to each other, on two of them and on one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,28 @@ def test_one_flipped_bit_is_found_and_named(on_two_ranks):
         assert answer["error"].startswith(
             "E-DIVERGED: rank 1 holds other weights than rank 0, first in h.3.w at step 300."
         )
+
+
+MEETINGS = """
+import time
+from groundup.parallel.world import World
+world = World.from_environment()
+for number in range(4):
+    time.sleep(0.5 * (number % 2 == world.rank))  # each comes first in its turn
+    with world.connected():
+        assert world.gather(world.rank) == [0, 1]
+"""
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("has_agent_store", ["1", "0"])
+def test_a_meeting_reads_no_addresses_of_an_earlier_one(tmp_path, has_agent_store):
+    script = tmp_path / "meet.py"
+    script.write_text(MEETINGS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": has_agent_store}
+    ended = subprocess.run([*torchrun, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 def test_one_rank_needs_no_group():

@@ -15,6 +15,7 @@ from groundup.parallel.rank import LAUNCHER_PID, LISTEN_FD, PEER_LOST, Reports, 
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
 BUCKET_ELEMENTS = 1 << 22
 """Gradients that travel together: 16 MiB."""
@@ -41,6 +42,8 @@ class World:
         self.mesh = Mesh({"data_replicate": size}, rank=rank)
         """How the ranks share the work; without a recipe that says otherwise, each holds the whole model."""
         self.parallel = ParallelConfig()
+        self._store: Store | None = None
+        self._num_meetings = 0
 
     def spread(self, config: ParallelConfig) -> None:
         """Spread the ranks as a recipe's section says. Raises ConfigError where its degrees do not make so many."""
@@ -103,30 +106,40 @@ class World:
     def _meet(self) -> None:
         import torch
         import torch.distributed as dist
-        from torch._C._distributed_c10d import HashStore, TCPStore
+        from torch._C._distributed_c10d import PrefixStore
 
-        store: TCPStore | HashStore | None = None
-        if self.size == 1:
-            store = HashStore()
-        elif LAUNCHER_PID in os.environ:
-            listening = os.environ.pop(LISTEN_FD, None)
-            store = TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                self.size,
-                is_master=self.is_first,
-                timeout=RENDEZVOUS,
-                master_listen_fd=None if listening is None else int(listening),
-            )
+        self._store = self._store or self._meeting_place()
+        self._num_meetings += 1
         has_cuda = self._has_cuda()  # the same on every rank
         if has_cuda:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-            store=store,
+            # the addresses of an earlier meeting are still there: a rank that comes first must not read them
+            store=PrefixStore(f"meeting {self._num_meetings}", self._store),
             rank=self.rank,
             world_size=self.size,
             timeout=PATIENCE,
+        )
+
+    def _meeting_place(self) -> "Store":
+        """Where the ranks leave their addresses: the launcher's socket, or what torchrun's variables name."""
+        from torch._C._distributed_c10d import HashStore, TCPStore
+        from torch.distributed.rendezvous import rendezvous
+
+        if self.size == 1:
+            return HashStore()
+        if LAUNCHER_PID not in os.environ:
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=RENDEZVOUS))
+            return store
+        listening = os.environ.pop(LISTEN_FD, None)
+        return TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            self.size,
+            is_master=self.is_first,
+            timeout=RENDEZVOUS,
+            master_listen_fd=None if listening is None else int(listening),
         )
 
     def report(self, step: int) -> None:
