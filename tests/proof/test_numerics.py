@@ -28,7 +28,7 @@ from groundup.proof.numerics.subject import MAX_BLOCK_PARAMETERS, documents_of, 
 from groundup.proof.numerics.table import PROOFS
 from groundup.stages.recipe import load_recipe
 from groundup.train.engine import TorchEngine
-from groundup.train.lanes import Lanes
+from groundup.train.gradient_sums import GradientSums
 
 pytestmark = pytest.mark.costly
 
@@ -82,22 +82,30 @@ def divisor_of_each_micro_batch(monkeypatch):
 
 
 def divisor_of_each_lane(monkeypatch):
-    honest = TorchEngine._gradients_apart
+    honest = TorchEngine._sums_in_turn
     monkeypatch.setattr(
         TorchEngine,
-        "_gradients_apart",
-        lambda self, part, divisor, seed: honest(self, part, max(1, part.num_loss_tokens), seed),
+        "_sums_in_turn",
+        lambda self, part, divisor, number: honest(self, part, max(1, part.num_loss_tokens), number),
     )
 
 
 def sums_in_the_order_of_arrival(monkeypatch):
-    order = iter([1, -1])
+    is_reversed = iter([False, True])
 
-    def fold(self, function, merge, parts):
-        for result in list(self.map(function, parts))[:: next(order)]:
-            merge(result)
+    def begin(self, num_parts):
+        self.arrived, self.is_reversed, self.num_parts = {}, next(is_reversed), num_parts
 
-    monkeypatch.setattr(Lanes, "fold", fold)
+    def in_turn(self, name, gradient):
+        self._own.missing.discard(name)
+        arrived = self.arrived.setdefault(name, {})
+        arrived[self._own.number] = gradient
+        if len(arrived) == self.num_parts:
+            found = [arrived[number] for number in sorted(arrived, reverse=self.is_reversed)]
+            self._add(name, [gradient for gradient in found if gradient is not None])
+
+    monkeypatch.setattr(GradientSums, "begin", begin)
+    monkeypatch.setattr(GradientSums, "_in_turn", in_turn)
 
 
 def no_walls(monkeypatch):

@@ -171,21 +171,39 @@ def test_weights_gradients_and_moments_are_those_of_the_engine(optimizer, precis
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_each_lane_has_gradients_of_its_own(precision, lanes):
-    """Until they are summed; one lane in fp32 has none, they are where they are summed at once."""
+def test_one_lane_in_fp32_has_no_gradients_beside_their_sums(precision):
     shape = shape_of("untied")
     model, dtype = built(shape, precision=precision), DTYPES[precision]
-    engine = TorchEngine(model, OptimConfig(), dtype=dtype, device="cpu", micro_batch_rows=ROWS, num_lanes=lanes)
+    engine = TorchEngine(model, OptimConfig(), dtype=dtype, device="cpu", micro_batch_rows=ROWS)
     tokens_BT = torch.randint(0, 300, (ROWS, LENGTH))
     batch = RowBatch(tokens_BT, tokens_BT, Segments.whole_rows(ROWS, LENGTH), tokens_BT.numel())
-    compute = engine._accumulate if lanes == 1 else engine._gradients_apart
-    _, gradients = compute(batch, batch.num_loss_tokens, 0)
-    planned = footprint(shape, training_of(precision=precision, num_lanes=lanes))
-    assert planned.apart == lanes * sum(gradient.nbytes for gradient in gradients.values())
-    few = footprint(shape, training_of(rows=1, row_length=2, batch_rows=1, precision=precision, num_lanes=lanes))
+    _, gradients = engine._accumulate(batch, batch.num_loss_tokens, 0)
+    planned = footprint(shape, training_of(precision=precision))
+    assert planned.apart == sum(gradient.nbytes for gradient in gradients.values())
+    few = footprint(shape, training_of(rows=1, row_length=2, batch_rows=1, precision=precision))
     lasting = few.weights + few.gradients + few.optimizer + few.loader
     assert few.total >= few.process + lasting + planned.apart
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lanes_hold_a_set_of_gradients_between_them_and_a_block_s_each(precision):
+    shape = shape_of("untied")
+    model, dtype = built(shape, precision=precision), DTYPES[precision]
+    engine = TorchEngine(model, OptimConfig(), dtype=dtype, device="cpu", micro_batch_rows=1, num_lanes=2)
+    held = []
+    add = engine._sums._add
+
+    def adding(name, gradients):
+        held.append(engine._sums.held_bytes())
+        add(name, gradients)
+
+    engine._sums._add = adding
+    tokens_BT = torch.randint(0, 300, (4, LENGTH))
+    batch = RowBatch(tokens_BT, tokens_BT, Segments.whole_rows(4, LENGTH), tokens_BT.numel())
+    engine.forward_backward(batch, lambda row: row)
+    each = sum(weight.nbytes for weight in engine._computing.values())
+    planned = footprint(shape, training_of(precision=precision, num_lanes=2))
+    assert each / 4 < max(held) <= planned.apart < 2 * each
 
 
 def test_the_peak_is_one_phase_and_not_their_sum():

@@ -1,9 +1,8 @@
 """The engine: what one optimizer step is made of. The loop knows only the Protocol."""
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from groundup.optim.config import OptimConfig
 from groundup.optim.groups import set_lr
 from groundup.optim.state import load_plain_state, plain_state
 from groundup.parallel.world import World
+from groundup.train.gradient_sums import GradientSums, add_all
 from groundup.train.lanes import Lanes
 from groundup.train.out_of_memory import is_out_of_memory, smaller_micro_batch
 from groundup.train.scaler import LossScaler
@@ -160,8 +160,8 @@ class TorchEngine:
         self._computing = {name: self._copies.get(name, master) for name, master in self.masters.items()}
         self._biases = model.balance_biases()
         self._load_LE: Tensor | None = None
-        self._lanes = Lanes(num_lanes)
-        self._has_computed, self._first_call = False, threading.Lock()
+        self._lanes, self._has_computed = Lanes(num_lanes), False
+        self._sums = GradientSums(self._computing, self._add_gradients) if num_lanes > 1 else None
         self.optimizers = self._make_optimizers()
         self.average = None if config.ema_decay is None else WeightAverage(self.masters, config.ema_decay)
         self._norm, self._grad_scale = 0.0, 1.0
@@ -254,24 +254,40 @@ class TorchEngine:
     ) -> None:
         """Add this rank's share of a step to `totals` and to the gradients."""
 
-        def begins() -> Iterator[int]:
-            for begin in self._share(range(0, len(batch), self.micro_batch_rows)):
+        begins = self._share(range(0, len(batch), self.micro_batch_rows))
+
+        def numbers() -> Iterator[int]:
+            for number in range(len(begins)):
                 if should_stop():
                     raise StepAbandoned
-                yield begin
+                yield number
 
-        compute = self._accumulate if self._lanes.num_lanes == 1 else self._gradients_apart
-        self._lanes.fold(
-            lambda begin: compute(batch.slice(begin, begin + self.micro_batch_rows), divisor, seed_of(begin)),
-            lambda found: self._merge(totals, *found),
-            begins(),
-        )
+        def part_of(number: int) -> RowBatch:
+            return batch.slice(begins[number], begins[number] + self.micro_batch_rows)
+
+        if self._sums is None:
+            for number in numbers():
+                self._merge(totals, *self._accumulate(part_of(number), divisor, seed_of(begins[number])))
+            return
+
+        def compute(some: Iterable[int]) -> None:
+            self._lanes.fold(
+                lambda number: self._sums_in_turn(part_of(number), divisor, number),
+                lambda sums: self._merge(totals, sums, {}),
+                some,
+            )
+
+        self._sums.begin(len(begins))
+        waiting = numbers()
+        while not self._has_computed and (first := next(waiting, None)) is not None:
+            compute([first])  # what compiles compiles at its first call: alone, or each lane would
+        compute(waiting)
 
     def _merge(self, totals: dict[str, Tensor], sums: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         for name, value in sums.items():
             totals[name] += value
         for name, gradient in gradients.items():
-            self._add_gradient(name, gradient)
+            self._add_gradients(name, [gradient])
 
     def _share(self, begins: range) -> range:
         """This rank's micro-batches: a run of them, so that a micro-batch is the same whoever computes it."""
@@ -301,20 +317,18 @@ class TorchEngine:
             copy.grad = None
         return self._totals(sums, part), gradients
 
-    def _gradients_apart(self, part: RowBatch, divisor: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of a micro-batch as tensors of their own. `seed` is not used: lanes share one generator, so a
-        model with dropout has one lane."""
-        if part.num_loss_tokens == 0:
-            return {}, {}
-        # what compiles compiles at its first call: the other lanes wait for it, or each would
-        with nullcontext() if self._has_computed else self._first_call:
+    def _sums_in_turn(self, part: RowBatch, divisor: int, number: int) -> dict[str, Tensor]:
+        """Sums of a micro-batch, whose gradients are added up on the way. Lanes share one generator, so a model with
+        dropout has one lane."""
+        assert self._sums is not None
+        with self._sums.of_part(number):
+            if part.num_loss_tokens == 0:
+                return {}
             sums = self._forward(part)
-            gradients = torch.autograd.grad(
-                self._to_minimise(sums, divisor), list(self._computing.values()), allow_unused=True
-            )
+            weights = list(self._computing.values())
+            torch.autograd.grad(self._to_minimise(sums, divisor), weights, allow_unused=True)
             self._has_computed = True
-        named = zip(self._computing, gradients, strict=True)
-        return self._totals(sums, part), {name: gradient for name, gradient in named if gradient is not None}
+            return self._totals(sums, part)
 
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad
@@ -344,12 +358,12 @@ class TorchEngine:
         )
         return sums
 
-    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+    def _add_gradients(self, name: str, gradients: list[Tensor]) -> None:
         master = self.masters[name]
         if master.grad is None:
-            master.grad = gradient.to(torch.float32, copy=True)
-        else:
-            master.grad += gradient
+            first, *gradients = gradients
+            master.grad = first.to(torch.float32, copy=True)
+        add_all(master.grad, gradients)
 
     def gradient_norm(self) -> float:
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]

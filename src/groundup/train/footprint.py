@@ -233,13 +233,14 @@ def _summed_bytes(num_trained: int, held: int, training: Training) -> int:
 
 
 def _gradients_apart(trained: Mapping[str, Shape], training: Training) -> int:
-    """A set for each lane, in the dtype of the products; one lane in fp32 adds them where they are summed. Of shards,
-    those of two blocks: one is computed while the other's are sent, in fp32."""
+    """In the dtype of the products: a set; with several lanes a block's for each beside it; none of one lane in fp32, which
+    adds them where they are summed. Of shards, those of two blocks: one is computed while the other's are sent, in fp32."""
     if training.spread.data_shard > 1:
         return (training.item + FP32) * 2 * largest_block(trained)
     if training.num_lanes == 1 and training.precision == "fp32":
         return 0
-    return training.num_lanes * training.item * sum(map(prod, trained.values()))
+    at_work = training.num_lanes * largest_block(trained) if training.num_lanes > 1 else 0
+    return training.item * (sum(map(prod, trained.values())) + at_work)
 
 
 def _num_packed(shapes: Mapping[str, Shape], training: Training) -> int:

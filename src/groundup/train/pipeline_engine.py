@@ -44,7 +44,7 @@ class PipelineEngine(SpreadEngine):
             assert isinstance(copy, nn.Parameter)
             gradient = local_gradient(copy)
             assert gradient is not None
-            self._add_gradient(name, gradient)
+            self._add_gradients(name, [gradient])
             copy.grad = None
 
         return add
