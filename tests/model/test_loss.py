@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from groundup.model import loss
-from groundup.model.loss import IGNORE_INDEX, linear_cross_entropy
+from groundup.model.loss import IGNORE_INDEX, PLAIN, LossOptions, linear_cross_entropy
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
@@ -57,6 +57,21 @@ def test_the_head_s_gradient_in_bf16_is_that_of_all_rows_however_many_are_gather
     full = F.cross_entropy(h_BTD.float().flatten(0, 1) @ weight_VD.float().t(), labels_BT.flatten(), reduction="sum")
     wanted = torch.autograd.grad(full, weight_VD)[0]
     assert (found.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("options", [PLAIN, LossOptions(z_loss=0.1, label_smoothing=0.1)])
+def test_rows_that_go_through_softmax_at_a_time_change_no_bit(monkeypatch, options, dtype):
+    h_BTD, weight_VD, labels_BT = random_case(dtype)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50 * 7)
+    found = []
+    for num_rows in (1, 3, 1000):
+        monkeypatch.setattr(loss, "CACHED_ELEMENTS", 50 * num_rows)
+        sums = linear_cross_entropy(h_BTD, weight_VD, labels_BT, options=options, grad_scale=4.0)
+        gradients = torch.autograd.grad(sums.loss_sum, (h_BTD, weight_VD))
+        found.append([sums.loss_sum, sums.per_token_BT, *sums.extras.values(), *gradients])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -14,6 +14,8 @@ NLL, EXPERT_LOAD = "nll", "expert_load"
 Z_LOSS, SMOOTHING_LOSS = "z_loss", "smoothing_loss"
 CHUNK_ELEMENTS = 1 << 21
 """Logits in one chunk: 8 MB in fp32, which stays in a CPU's last-level cache."""
+CACHED_ELEMENTS = 1 << 18
+"""Logits that go through softmax and to their gradient at a time: 1 MB in fp32, in a core's own cache from pass to pass."""
 GATHERED_BYTES = 1 << 24
 """Gradients of logits in 16 bits that wait for one product with their hidden states."""
 
@@ -96,18 +98,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             name: torch.empty(len(labels_N), dtype=torch.float32, device=h_ND.device)
             for name in (NLL, *options.terms())
         }
-        gradient_of = _logits_gradient if shard is None else partial(_own_logits_gradient, shard)
         for begin, end in _chunks(len(labels_N), max(1, CHUNK_ELEMENTS // weight_VD.shape[0]), h_ND.dtype):
-            labels_C1 = labels_N[begin:end, None]
+            size = (end - begin, weight_VD.shape[0])
+            logits_CV = h_ND.new_empty(size) if head is None else head.place(begin, size)
+            torch.mm(h_ND[begin:end], weight_VD.t(), out=logits_CV)
             chunk = {name: values_N[begin:end, None] for name, values_N in terms.items()}
-            grad_CV = gradient_of((h_ND[begin:end] @ weight_VD.t()).float(), labels_C1, chunk, options)
-            if not (needs_h or needs_weight):
-                continue
-            if grad_scale != 1.0:
-                grad_CV *= grad_scale
-            grad_CV = grad_CV.to(h_ND.dtype) if head is None else head.add(grad_CV, begin)
+            _to_gradient(logits_CV, labels_N[begin:end, None], chunk, grad_scale, options, shard)
+            if head is not None:
+                head.add(logits_CV, begin)
             if grad_h_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_h_ND[begin:end])
+                torch.mm(logits_CV, weight_VD, out=grad_h_ND[begin:end])
         ctx.save_for_backward(grad_h_ND, None if head is None else head.total())
         ctx.weight_dtype, ctx.grad_scale = weight_VD.dtype, grad_scale
         ctx.mark_non_differentiable(*terms.values())
@@ -140,21 +140,25 @@ class _HeadGradient:
         self._gathered_MV: Tensor | None = None
         self._first = self._end = 0
 
-    def add(self, grad_CV: Tensor, begin: int) -> Tensor:
-        """Add the chunk of rows from `begin` on, the one before it having been added; gives it back in the dtype of h."""
-        end = begin + len(grad_CV)
+    def place(self, begin: int, size: tuple[int, int]) -> Tensor:
+        """Where the logits of the chunk from row `begin` on are put, and then their gradient, in the dtype of h."""
+        rows, vocab_size = size
+        if self._h_ND.dtype == torch.float32:
+            return self._h_ND.new_empty(size)
+        if self._gathered_MV is None or begin + rows - self._first > len(self._gathered_MV):
+            self._multiply()
+            num_rows = max(rows, GATHERED_BYTES // (vocab_size * self._h_ND.element_size()))
+            self._gathered_MV = self._h_ND.new_empty(min(num_rows, len(self._h_ND) - begin), vocab_size)
+            self._first = begin
+        return self._gathered_MV[begin - self._first : begin - self._first + rows]
+
+    def add(self, grad_CV: Tensor, begin: int) -> None:
+        """Add the chunk of rows from `begin` on, which lies in its place, the one before it having been added."""
+        self._end = begin + len(grad_CV)
         if self._h_ND.dtype == torch.float32:
             if self._sum_VD is None:
                 self._sum_VD = torch.zeros_like(self._weight_VD)
-            self._sum_VD.addmm_(grad_CV.t(), self._h_ND[begin:end])
-            return grad_CV
-        if self._gathered_MV is None or end - self._first > len(self._gathered_MV):
-            self._multiply()
-            num_rows = max(len(grad_CV), GATHERED_BYTES // (grad_CV.shape[1] * self._h_ND.element_size()))
-            self._gathered_MV = self._h_ND.new_empty(min(num_rows, len(self._h_ND) - begin), grad_CV.shape[1])
-            self._first = begin
-        self._end = end
-        return self._gathered_MV[begin - self._first : end - self._first].copy_(grad_CV)
+            self._sum_VD.addmm_(grad_CV.t(), self._h_ND[begin : self._end])
 
     def total(self) -> Tensor:
         """The sum (V, D); zeros where there was no row."""
@@ -178,6 +182,28 @@ def _chunks(length: int, most: int, dtype: torch.dtype) -> Iterator[tuple[int, i
             yield number * most, min(length, (number + 1) * most)
         else:
             yield length * number // num_chunks, length * (number + 1) // num_chunks
+
+
+def _to_gradient(
+    logits_CV: Tensor,
+    labels_C1: Tensor,
+    chunk: Mapping[str, Tensor],
+    grad_scale: float,
+    options: LossOptions,
+    shard: VocabularyShard | None,
+) -> None:
+    """Turn logits into the gradient of the objective by them, times `grad_scale`, in place; on a CPU some rows at a time."""
+    gradient_of = _logits_gradient if shard is None else partial(_own_logits_gradient, shard)
+    rows = len(logits_CV)
+    if shard is None and logits_CV.device.type == "cpu":
+        rows = max(1, CACHED_ELEMENTS // logits_CV.shape[1])
+    for begin in range(0, len(logits_CV), rows):
+        part = slice(begin, begin + rows)
+        terms = {name: values_C1[part] for name, values_C1 in chunk.items()}
+        grad_PV = gradient_of(logits_CV[part].float(), labels_C1[part], terms, options)
+        if grad_scale != 1.0:
+            grad_PV *= grad_scale
+        logits_CV[part] = grad_PV
 
 
 def _logits_gradient(logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, Tensor], options: LossOptions) -> Tensor:

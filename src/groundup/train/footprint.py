@@ -9,7 +9,7 @@ from math import prod
 
 from groundup.adapters.config import AdapterConfig
 from groundup.model.config import ModelConfig
-from groundup.model.loss import CHUNK_ELEMENTS, GATHERED_BYTES
+from groundup.model.loss import CACHED_ELEMENTS, CHUNK_ELEMENTS, GATHERED_BYTES
 from groundup.optim.config import OptimConfig
 from groundup.optim.groups import group_of, kind_of
 from groundup.optim.state import state_bytes
@@ -414,13 +414,16 @@ class Block:
 
 
 def logits_bytes(shape: ModelConfig, training: Training) -> int:
-    """A chunk of logits with its gradient, 16-bit chunks that are gathered for the head's, and what the one loss keeps."""
+    """A chunk of logits, 16-bit ones gathered for the head's gradient, rows of it on their way to their own, and what the one
+    loss keeps."""
     if not is_last(training.spread):
         return 0
     chunk, gathered, head = _loss_bytes(shape, training)
     passes = int(in_flight(training.spread, training.num_micro_batches))
-    cast = chunk * training.item if training.item != FP32 and not gathered else 0
-    return passes * loss_kept_bytes(shape, training) + gathered + max(chunk * 2 * FP32 + cast, head)
+    has_parts = training.device == "cpu" and training.spread.tensor == 1
+    part = 2 * FP32 * (min(chunk, CACHED_ELEMENTS) if has_parts else chunk)
+    at_once = part + (0 if gathered else chunk * training.item)
+    return passes * loss_kept_bytes(shape, training) + gathered + max(at_once, head)
 
 
 def loss_kept_bytes(shape: ModelConfig, training: Training) -> int:
