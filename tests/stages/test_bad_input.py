@@ -88,6 +88,40 @@ def test_a_bad_chat_ends_the_stage_where_that_is_asked_for(sft, tmp_path, number
     assert not (tmp_path / "runs" / "case" / "sft").exists()
 
 
+PICKY = (
+    "{% for m in messages %}{% if 'secret' in m.content %}{{ raise_exception('no secrets here') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+def test_a_chat_that_the_template_refuses_is_set_aside(way, sft, tmp_path):
+    model, path = tmp_path / "model", tmp_path / "chats.jsonl"
+    shutil.copytree(way / "runs" / "tiny" / "pretrain" / "model", model)
+    (model / "chat_template.jinja").write_text(PICKY)
+    settings = ("--runs-dir", tmp_path / "runs", "--sft.init_from", model)
+    rows = [json.dumps(chat_row(number)).encode() for number in range(20)]
+    for line in (3, 12):
+        rows[line - 1] = rows[line - 1].replace(b"say ", b"say  secret")
+    path.write_bytes(b"\n".join(rows))
+    said = groundup("sft", sft, *settings)
+    assert said.code == 0 and "2 quarantined" in said.out, said
+    run = tmp_path / "runs" / "case" / "sft"
+    ledger = read_json(run / "ledger.json")
+    assert (ledger["read"], ledger["kept"], ledger["quarantined"]) == (20, 18, {"W-TEMPLATE-CHAT": 2})
+    aside = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["line"], base64.b64decode(row["raw"])) for row in aside] == [(3, rows[2]), (12, rows[11])]
+    assert all("no secrets here" in row["detail"] for row in aside)
+    other = (*settings, "--name", "other")
+    said = refusal("sft", sft, *other, "--sft.on_bad_row", "error")
+    assert said.code == 3 and "W-TEMPLATE-CHAT: the chat template refuses this chat: no secrets here" in said.err
+    assert "chats.jsonl:3" in said.err
+    path.write_bytes(b"\n".join(row.replace(b"say ", b"say secret ") for row in rows))
+    said = refusal("sft", sft, *other)
+    assert said.code == 3 and "E-DATA-EMPTY: 0 of 20 rows usable: 20 W-TEMPLATE-CHAT" in said.err
+    assert "chats.jsonl:1: the chat template refuses this chat: no secrets here" in said.err
+
+
 def test_answers_that_are_taught_no_end_are_told_before_they_train(sft, tmp_path, monkeypatch):
     monkeypatch.setattr("groundup.stages.finetune.read_eos_ids", lambda folder, tokenizer: [tokenizer.end_of_text_id])
     said = groundup("sft", sft, "--runs-dir", tmp_path / "runs")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from groundup.corpus.object_reader import read_objects
@@ -25,6 +25,14 @@ class Chat:
     """Tools that the model was offered, as the template shows them."""
     form: ChatForm = "messages"
     """How the row was written."""
+    line: int | None = None
+    raw: bytes = b""
+    """The row's bytes, for as long as it can still be set aside; empty in parquet."""
+
+    def set_aside(self, fault: RowFault) -> BadRow:
+        """The row of a chat that turns out to be of no use."""
+        raw = self.raw or json.dumps({"messages": self.messages, "tools": self.tools}).encode()
+        return BadRow(fault.code, fault.detail, self.file, self.offset, raw, self.line)
 
     @property
     def question(self) -> str:
@@ -62,7 +70,7 @@ def read_chats(
             raw = row.raw or json.dumps(row.fields, default=str).encode()
             yield BadRow(fault.code, fault.detail, row.file, row.offset, raw, row.line)
         else:
-            yield chat
+            yield replace(chat, line=row.line, raw=row.raw)
 
 
 def as_chat(

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from groundup.base.errors import ConfigError, DataError
+from groundup.corpus.rows import BadRow, RowFault
 from groundup.data.chats import Chat
 from groundup.tokenizer.chat import ChatEncoder, EncodedChat
 
@@ -61,7 +62,16 @@ class EncodedChats:
     _is_cut: list[bool] = field(default_factory=list)
 
     def add(self, chat: Chat, encoder: ChatEncoder) -> None:
-        """Encode a chat, shortened by the declared rule where it is longer than a row, or count why it is left out."""
+        """Encode a chat, shortened by the declared rule where it is longer than a row, or count why it is left out.
+
+        Raises RowFault for a chat that the template refuses.
+        """
+        try:
+            self._add(chat, encoder)
+        except DataError as error:
+            raise RowFault("W-TEMPLATE-CHAT", error.what) from None
+
+    def _add(self, chat: Chat, encoder: ChatEncoder) -> None:
         messages, room = chat.messages, self.row_length + 1
         encoded = encoder.encode(messages, **tools_of(chat))
         while len(encoded.ids) > room and self.overlong == "drop_turns":
@@ -81,7 +91,7 @@ class EncodedChats:
             self.shortened["tail_cut"] += 1
         elif len(messages) < len(chat.messages):
             self.shortened["turns_dropped"] += 1
-        self.chats.append(chat)
+        self.chats.append(replace(chat, raw=b""))
         self._ids.append(np.array(encoded.ids[:room], dtype=np.uint32))
         self._masks.append(np.array(mask, dtype=bool))
         self._is_cut.append(is_too_long)
@@ -137,14 +147,21 @@ def split_chats(
     validation_fraction: float,
     loss_on: LossOn = "all",
     overlong: Overlong = "drop_row",
+    set_aside: Callable[[BadRow], None] | None = None,
 ) -> tuple[EncodedChats, EncodedChats]:
     """(train, validation); where no group's hash falls below the fraction, the group of least hash is held out.
 
-    Raises DataError if either is empty.
+    A chat that the template refuses is handed to `set_aside`; without one its RowFault is raised. Raises DataError if either is empty.
     """
     train, validation = (EncodedChats(row_length, loss_on, overlong) for _ in range(2))
     for chat in chats:
-        (validation if is_held_out(chat.group, validation_fraction) else train).add(chat, encoder)
+        split = validation if is_held_out(chat.group, validation_fraction) else train
+        try:
+            split.add(chat, encoder)
+        except RowFault as fault:
+            if set_aside is None:
+                raise
+            set_aside(chat.set_aside(fault))
     groups = {chat.group for chat in train.chats}
     if not len(validation) and len(groups) > 1:
         train.move_group(min(groups, key=_place_of), validation)

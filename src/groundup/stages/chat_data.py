@@ -87,6 +87,16 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
     bad_rows: list[BadRow] = []
     num_read = 0
 
+    def set_aside(row: BadRow) -> None:
+        bad_rows.append(row)
+        if config.on_bad_row == "error":
+            raise DataError(
+                row.code,
+                what=row.detail,
+                where=_place_of(row),
+                next="mend the row, or set on_bad_row to quarantine",
+            )
+
     def good() -> Iterator[Chat]:
         nonlocal num_read
         columns = {str(role): name for role, name in config.columns.items()}
@@ -94,15 +104,8 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
             num_read += 1
             if isinstance(row, Chat):
                 yield row
-                continue
-            bad_rows.append(row)
-            if config.on_bad_row == "error":
-                raise DataError(
-                    row.code,
-                    what=row.detail,
-                    where=f"{row.file}:{row.line}",
-                    next="mend the row, or set on_bad_row to quarantine",
-                )
+            else:
+                set_aside(row)
 
     try:
         train, validation = split_chats(
@@ -112,6 +115,7 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
             validation_fraction=config.validation_fraction,
             loss_on=config.loss_on,
             overlong=config.overlong,
+            set_aside=set_aside,
         )
     except DataError as error:
         if error.code == "E-DATA-EMPTY" and bad_rows:
@@ -120,7 +124,8 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
             )
             raise DataError(
                 "E-DATA-EMPTY",
-                what=f"{num_read - len(bad_rows):,} of {num_read:,} rows usable: {reasons}; {error.what}",
+                what=f"{num_read - len(bad_rows):,} of {num_read:,} rows usable: {reasons}; {error.what}; the first, "
+                f"{_place_of(bad_rows[0])}: {bad_rows[0].detail[:160]}",
                 where=config.data,
                 next="mend the rows or name another file",
             ) from None
@@ -138,6 +143,10 @@ def load_chats(config: FinetuneConfig, encoder: ChatEncoder) -> ChatData:
     if num_read != len(train) + len(validation) + sum(left_out.values()) + len(bad_rows):
         raise AssertionError(f"the ledger does not add up: {ledger}")
     return ChatData(train, validation, ledger, bad_rows)
+
+
+def _place_of(row: BadRow) -> str:
+    return f"{row.file}:{row.line}" if row.line is not None else f"{row.file}, row {row.offset}"
 
 
 def read_rows(data: str, columns: Mapping[str, str], *, merge_roles: bool) -> Iterator[Chat | BadRow]:
