@@ -297,6 +297,51 @@ def test_talk_and_eval_refuse_a_tokenizer_that_does_not_fit(way, tokenizer_folde
         assert said.code == 2 and "E-TOKENIZER-MISMATCH" in said.err, said
 
 
+def swap_two_ids(folder):
+    """Another tokenizer with as many ids."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.costly
+def test_another_tokenizer_with_as_many_ids_is_found_by_its_hash(way, sft, tmp_path, monkeypatch):
+    """T04."""
+    runs = tmp_path / "runs"
+    shutil.copytree(way / "runs", runs)
+    model, adapter = runs / "tiny" / "sft" / "model", runs / "tiny" / "lora" / "adapter"
+    shutil.copytree(model, tmp_path / "elsewhere")
+    for folder in (model, tmp_path / "elsewhere"):
+        swap_two_ids(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    more = tiny_recipe(way)["lora"] | {"init_from": str(tmp_path / "elsewhere"), "adapter_from": str(adapter)}
+    lora = tmp_path / "lora.yaml"
+    lora.write_text(yaml.safe_dump({"lora": more}))
+    for command in (
+        ("generate", model, "the fox", "--max-new-tokens", "4"),
+        ("chat", model),
+        ("eval", model, "--text", way / "text.txt"),
+        ("eval", way / "tiny.yaml", "--runs-dir", runs),
+        ("export", model, "--to", tmp_path / "new"),
+        ("sft", sft, "--runs-dir", runs, "--sft.init_from", model),
+        ("lora", way / "tiny.yaml", "--runs-dir", runs),
+        ("inspect", "masks", way / "tiny.yaml", "--stage", "lora", "--runs-dir", runs),
+        ("merge", adapter, "--base", model, "--to", tmp_path / "new"),
+        ("merge", adapter, "--base", tmp_path / "elsewhere", "--to", tmp_path / "new"),
+        ("lora", lora, "--runs-dir", runs),
+    ):
+        said = refusal(*command)
+        assert said.code == 2 and "E-TOKENIZER-MISMATCH: tokenizer.json is not the one" in said.err, said
+    assert not (tmp_path / "new").exists() and (runs / "tiny" / "lora" / "summary.json").is_file()
+    said = groundup("generate", tmp_path / "elsewhere", "the fox", "--max-new-tokens", "2")
+    assert said.code == 0, "no hash is noted beside what was copied"
+    swap_two_ids(runs / "tiny" / "tokenizer")
+    shutil.rmtree(runs / "tiny" / "pretrain")
+    said = refusal("pretrain", way / "tiny.yaml", "--runs-dir", runs)
+    assert said.code == 3 and "E-SHARD-HASH: tokenizer.json" in said.err
+
+
 def test_a_question_that_leaves_no_room_for_an_answer_is_passed_over_and_counted(sft, tmp_path):
     chats = [chat_row(number) for number in range(20)]
     for chat in chats[::2]:

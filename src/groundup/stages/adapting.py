@@ -18,6 +18,7 @@ from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import copy_tokenizer
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.config import FinetuneConfig
+from groundup.stages.models import refuse_other_tokenizer, tokenizer_of_adapter
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -89,11 +90,12 @@ def adapt(
     model: CausalLM,
     folder: Path,
     tokenizer: TextTokenizer,
-    base_hash: str,
+    inputs: Mapping[str, str],
 ) -> Adaptation | None:
     """Put the section's adapter onto a model, in place; None where every weight is trained.
 
-    Raises ConfigError for an adapter that fits no layer, CheckpointError for a first adapter of another base.
+    Raises ConfigError for an adapter that fits no layer, and for a first one of another tokenizer; CheckpointError for one
+    of another base.
     """
     if config.adapter == "none":
         return None
@@ -119,13 +121,15 @@ def adapt(
         start = PissaStart(model, weights, folder / START_FILE, writes=work.world.is_first)
         work.world.barrier()
     if config.adapter_from is not None:
-        _go_on_from(Path(config.adapter_from), config, token_ids, model, base_hash)
+        _go_on_from(Path(config.adapter_from), config, token_ids, model, inputs)
     return Adaptation(config, target_modules(model), token_ids, tokenizer, start, figures)
 
 
-def _go_on_from(adapter: Path, config: FinetuneConfig, token_ids: list[int], model: CausalLM, base_hash: str) -> None:
+def _go_on_from(
+    adapter: Path, config: FinetuneConfig, token_ids: list[int], model: CausalLM, inputs: Mapping[str, str]
+) -> None:
     """Take up a finished adapter's tensors."""
-    saved = read_adapter(adapter)
+    saved, base_hash = read_adapter(adapter), inputs["base"]
     if saved.base_hash is not None and saved.base_hash != base_hash:
         raise CheckpointError(
             "E-ADAPTER-BASE",
@@ -133,6 +137,7 @@ def _go_on_from(adapter: Path, config: FinetuneConfig, token_ids: list[int], mod
             where=adapter,
             next="set init_from to the base it was trained on, or init_from to the merged model without adapter_from",
         )
+    refuse_other_tokenizer(inputs["tokenizer"], tokenizer_of_adapter(adapter), adapter)
     shape = {
         name: (getattr(saved.config, name), getattr(config, name))
         for name in ("lora_rank", "lora_alpha", "use_rslora", "use_dora")

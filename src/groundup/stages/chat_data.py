@@ -17,6 +17,7 @@ from groundup.corpus.sources import find_sources
 from groundup.data.chats import Chat, as_chat, read_chats
 from groundup.data.encoded_chats import EncodedChats, split_chats
 from groundup.stages.config import FinetuneConfig
+from groundup.stages.models import tokenizer_hash
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import BUILT_IN_TEMPLATE, ChatEncoder, read_template
 
@@ -78,7 +79,8 @@ def chat_template_of(config: FinetuneConfig, folder: Path) -> str:
 
 
 def chat_encoder_of(config: FinetuneConfig, folder: Path) -> ChatEncoder:
-    """The tokenizer in a model directory, with the section's template."""
+    """The tokenizer in a model directory, with the section's template. Raises ConfigError for a tokenizer not the model's."""
+    tokenizer_hash(folder)
     return ChatEncoder(TextTokenizer(folder), chat_template_of(config, folder))
 
 

@@ -26,7 +26,7 @@ from groundup.generate.config import SamplingConfig
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.chat_data import ChatData, chat_encoder_of, data_hash, load_chats
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
-from groundup.stages.models import load_with_tokenizer
+from groundup.stages.models import load_with_tokenizer, tokenizer_hash
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import ChatEncoder
@@ -73,7 +73,9 @@ def _once(
     data: dict[str, str],
     measure: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Measure, unless eval.json holds the figures of this very model, data and config."""
+    """Measure, unless eval.json holds the figures of this very model, data and config. Raises ConfigError for a tokenizer
+    that is not the model's."""
+    tokenizer_hash(model)
     began = time.monotonic()
     torch.set_num_threads(num_cores())
     tokens = read_manifest(work.path("tokens"))

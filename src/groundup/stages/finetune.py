@@ -30,7 +30,7 @@ from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, chat_template_of,
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.hub import is_hub_name, model_of_hub
-from groundup.stages.models import base_to_train, tokenizer_beside
+from groundup.stages.models import base_to_train, tokenizer_beside, tokenizer_hash
 from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
@@ -82,7 +82,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     audit = make_audit(work, stage, config, room, encoder, data.validation, eos_ids)
     if audit is not None and audit.texts:
         audit.measure_base(model if weights is None else load_model(base), work.log)
-    adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs["base"])
+    adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs)
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
         f"{len(data.bad_rows):,} quarantined, {sum(data.ledger['left_out'].values()):,} left out; "
@@ -149,8 +149,8 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
 
 
 def _inputs(work: Work, config: FinetuneConfig, base: Path) -> dict[str, Any]:
-    """Hashes of all that a fine-tuning reads."""
-    inputs = {"base": weights_hash(base), "tokenizer": sha256_of(base / "tokenizer.json"), **data_hash(config.data)}
+    """Hashes of all that a fine-tuning reads. Raises ConfigError for a base whose tokenizer is not its own."""
+    inputs = {"base": weights_hash(base), "tokenizer": tokenizer_hash(base), **data_hash(config.data)}
     if config.adapter_from is not None:
         inputs["first adapter"] = sha256_of(find_adapter(config.adapter_from) / "adapter_model.safetensors")
     inputs |= forgetting_hash(work, config)

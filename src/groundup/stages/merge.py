@@ -19,6 +19,7 @@ from groundup.checkpoint.huggingface import copy_tokenizer, load_model, load_wei
 from groundup.corpus.embedded import embedded_files
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.finetune import base_model, weights_hash
+from groundup.stages.models import refuse_other_tokenizer, tokenizer_hash, tokenizer_of_adapter
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -52,7 +53,8 @@ def merge(work: Work) -> dict[str, Any]:
 
 
 def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
-    """Write base + adapter as a model directory. Raises CheckpointError for another base or logits that differ.
+    """Write base + adapter as a model directory. Raises CheckpointError for another base or logits that differ,
+    ConfigError for another tokenizer.
 
     The base is the one in full precision, also where the adapter was trained on a packed one; how far the packed base
     is from it is a figure of its own.
@@ -66,7 +68,9 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
             where=base,
             next="give the base it was trained on",
         )
+    refuse_other_tokenizer(tokenizer_hash(base), tokenizer_of_adapter(adapter), base)
     tokenizer_folder = adapter if (adapter / "tokenizer.json").is_file() else base
+    tokenizer_hash(tokenizer_folder)
     tokenizer = TextTokenizer(tokenizer_folder)
     texts = _real_texts(tokenizer)
     with_adapter = load_model(base)

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from groundup.base.artifact import MANIFEST
+from groundup.base.artifact import MANIFEST, read_manifest
 from groundup.base.errors import ConfigError
 from groundup.base.failpoints import reach
-from groundup.base.files import sync_file, sync_folder
+from groundup.base.files import sha256_of, sync_file, sync_folder
 from groundup.base.pickles import refuse_pickle
 from groundup.checkpoint.huggingface import load_model, model_dtype, read_eos_ids, read_model_config, save_model
 from groundup.checkpoint.weight_slices import FolderWeights
@@ -38,13 +38,15 @@ def find_model(model: str) -> Path:
 
 
 def load_with_tokenizer(folder: Path) -> tuple[CausalLM, TextTokenizer]:
-    """A model and the tokenizer beside it. Raises ConfigError if the tokenizer has ids for which the model has no row."""
+    """A model and the tokenizer beside it. Raises ConfigError if they do not belong together."""
     tokenizer = tokenizer_beside(folder)
     return load_model(folder), tokenizer
 
 
 def tokenizer_beside(folder: Path) -> TextTokenizer:
-    """The tokenizer in a model's directory. Raises ConfigError if it has ids for which the model has no row."""
+    """The tokenizer in a model's directory. Raises ConfigError if it has ids for which the model has no row, or is not the
+    one that the model was written with."""
+    tokenizer_hash(folder)
     tokenizer, rows = TextTokenizer(folder), read_model_config(folder).vocab_size
     assert rows != "auto", "a directory says how many rows there are"
     if tokenizer.vocab_size > rows:
@@ -55,6 +57,34 @@ def tokenizer_beside(folder: Path) -> TextTokenizer:
             next="give the tokenizer the model was trained with",
         )
     return tokenizer
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of the tokenizer in a model's directory. Raises ConfigError where the stage that made the model noted another."""
+    path = folder / "tokenizer.json"
+    found = sha256_of(path) if path.is_file() else ""
+    for stage, name in ((folder, path.name), (folder.parent, f"{folder.name}/{path.name}")):
+        manifest = read_manifest(stage)
+        if manifest is not None and name in manifest.files:
+            refuse_other_tokenizer(found, str(manifest.files[name]["sha256"]), folder)
+    return found
+
+
+def refuse_other_tokenizer(found: str, noted: str | None, where: Path) -> None:
+    """Raise ConfigError for the hash of a tokenizer that is not the noted one; where none was noted, any will do."""
+    if noted is not None and found != noted:
+        raise ConfigError(
+            "E-TOKENIZER-MISMATCH",
+            what=f"tokenizer.json is not the one it was trained with (SHA-256 {found[:12] or 'of none'}… for {noted[:12]}…)",
+            where=where,
+            next="give the tokenizer the model was trained with",
+        )
+
+
+def tokenizer_of_adapter(adapter: Path) -> str | None:
+    """SHA-256 of the tokenizer of an adapter's base, as the stage that trained it noted it; None where none did."""
+    manifest = read_manifest(adapter.parent)
+    return manifest.inputs.get("tokenizer") if manifest is not None else None
 
 
 def base_to_train(folder: Path, *, is_whole: bool) -> tuple[CausalLM, FolderWeights | None]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from groundup.base import machine
 from groundup.base.amounts import counted
-from groundup.base.artifact import StageKey, write_summary
+from groundup.base.artifact import StageKey, verify, write_summary
 from groundup.base.config import numerics
 from groundup.base.errors import ConfigError
 from groundup.base.files import read_json, write_json
@@ -51,6 +51,7 @@ def pretrain(work: Work) -> dict[str, Any]:
         work.log.say(f"pretrain  unchanged  {summary['num_parameters']:,} parameters")
         return summary
     verify_all(sources)
+    verify(work.path("tokenizer"), run.committed("tokenizer"))
     tokenizer = TextTokenizer(work.path("tokenizer"))
     shape = resolve_vocabulary(shape, tokenizer)
     rows = open_rows(sources, config, seed=recipe.seed, vocab_size=tokenizer.vocab_size, log=work.log)

@@ -53,6 +53,7 @@ def tokenize(work: Work) -> dict[str, Any]:
     if attempt is None:
         return _say_unchanged(work)
     verify(work.path("corpus"), corpus)
+    verify(work.path("tokenizer"), tokenizer_manifest)
     tokenizer = TextTokenizer(work.path("tokenizer"))
     counts = {"train": SplitCount(), "validation": SplitCount()}
     writers = {
