@@ -15,6 +15,7 @@ from groundup.checkpoint.huggingface import (
     read_model_config,
     save_model,
 )
+from groundup.stages.models import base_to_train
 from groundup.tokenizer.bpe import TextTokenizer
 
 TEXT = "The quick brown fox, 三百 and 1234 don't mind.\n"
@@ -202,6 +203,25 @@ def test_missing_and_unexpected_tensors_are_listed(folder):
         CheckpointError, match=r"E-KEYS: missing 1: \['model.layers.0.mlp.gate_proj.weight'\], unexpected 1: \['model.layers.0.mlp.gate.weight'\]"
     ):  # fmt: skip
         load_model(folder)
+
+
+def test_a_stored_head_that_is_not_the_embedding_it_is_tied_to_is_refused(folder):
+    """transformers takes the two apart or drops one, by its version: no guess is made here."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    expected = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = expected.clone()
+    save_file(tensors, path)
+    assert torch.equal(load_model(folder).lm_head.weight, expected)
+    base_to_train(folder, is_whole=False)
+    tensors["lm_head.weight"][3, 5] += 0.01
+    save_file(tensors, path)
+    for load in (load_model, lambda folder: base_to_train(folder, is_whole=False)):
+        with pytest.raises(
+            CheckpointError, match=r"E-KEYS: lm_head.weight is stored and differs from the embedding"
+        ) as error:
+            load(folder)
+        assert "tie_word_embeddings to false" in str(error.value)
 
 
 def test_a_wrong_shape_and_a_wrong_number_are_named(make_model):

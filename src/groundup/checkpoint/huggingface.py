@@ -46,6 +46,7 @@ EXPERT_COUNTS = {
     "dots1": ("n_routed_experts",),
 }
 """What config.json calls the number of experts."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 KINDS = ("full_attention", "sliding_attention")
 WINDOW_FIELDS = ("sliding_window", "max_window_layers", "layer_types")
@@ -160,7 +161,7 @@ def save_model(
         # a router's bias chooses experts by differences that a short dtype does not hold
         name: tensor.detach().to(tensor.dtype if name.endswith(ROUTER_BIAS) else dtype).contiguous().clone()
         for name, tensor in unstacked(model.config, weights).items()
-        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+        if not (model.config.tie_word_embeddings and name == HEAD)
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     pad = tokenizer.end_of_text_id
@@ -305,6 +306,8 @@ def damage_named(path: Path) -> Iterator[None]:
 def load_weights(model: CausalLM, tensors: Mapping[str, Tensor], where: object) -> None:
     """Put tensors into a model; a missing, unexpected or wrongly shaped one is a CheckpointError that lists them."""
     expected = dict(model.named_parameters())
+    if model.config.tie_word_embeddings and {HEAD, EMBEDDING} <= tensors.keys():
+        refuse_untied(tensors[HEAD], tensors[EMBEDDING], where)
     tensors = belonging(model.config, expected, tensors, where)
     with torch.no_grad():
         for name, parameter in expected.items():
@@ -321,7 +324,7 @@ def belonging(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     tensors = stacked(config, tensors)
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(HEAD, None)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -339,6 +342,20 @@ def belonging(
                 next="the weights do not belong to this config.json",
             )
     return tensors
+
+
+def refuse_untied(head: Tensor, embedding: Tensor, where: object) -> None:
+    """Raise CheckpointError for a stored head that is not the embedding, though config.json ties them.
+
+    Other tools take it for a model of its own, or drop it: both give numbers that nobody trained.
+    """
+    if head.shape != embedding.shape or not torch.equal(head.float(), embedding.float()):
+        raise CheckpointError(
+            "E-KEYS",
+            what=f"{HEAD} is stored and differs from the embedding, to which config.json ties it",
+            where=where,
+            next="set tie_word_embeddings to false in config.json, or remove lm_head.weight if the embedding is right",
+        )
 
 
 def refuse_not_finite(name: str, tensor: Tensor, where: object) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from groundup.base.piece import Piece, Slices
 from groundup.checkpoint.experts import places_on_disk
-from groundup.checkpoint.huggingface import belonging, damage_named, refuse_not_finite
+from groundup.checkpoint.huggingface import (
+    EMBEDDING,
+    HEAD,
+    belonging,
+    damage_named,
+    refuse_not_finite,
+    refuse_untied,
+)
 from groundup.checkpoint.weight_files import weight_files
 from groundup.model.causal_lm import CausalLM
 
@@ -21,7 +28,7 @@ class FolderWeights:
 
     def __init__(self, folder: Path, model: CausalLM) -> None:
         """`model` is whole, be it on the meta device. Raises CheckpointError for weights that are not its own and for files
-        that cannot be read; of the values nothing is read yet."""
+        that cannot be read; of the values nothing is read yet, but a head that is stored though it is tied."""
         self._folder, self._config = folder, model.config
         self._file_of: dict[str, Path] = {}
         shapes: dict[str, Tensor] = {}
@@ -31,6 +38,13 @@ class FolderWeights:
                     self._file_of[name] = path
                     shapes[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
         belonging(model.config, dict(model.named_parameters()), shapes, folder)
+        if model.config.tie_word_embeddings and HEAD in self._file_of:
+            refuse_untied(self._whole(HEAD), self._whole(EMBEDDING), folder)
+
+    def _whole(self, name: str) -> Tensor:
+        with damage_named(self._file_of[name]), safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
     def __call__(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Tensor]]:
         """Each of the pieces by its parameter's name. Raises CheckpointError for values that are not finite and for a file
