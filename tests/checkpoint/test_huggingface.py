@@ -15,7 +15,7 @@ from groundup.checkpoint.huggingface import (
     read_model_config,
     save_model,
 )
-from groundup.stages.models import base_to_train
+from groundup.stages.models import base_to_train, export_model
 from groundup.tokenizer.bpe import TextTokenizer
 
 TEXT = "The quick brown fox, 三百 and 1234 don't mind.\n"
@@ -35,6 +35,8 @@ SHAPES += [
         ("qwen2", {"layer_types": ("sliding_attention", "full_attention")}),
     )
 ]
+
+MOE = {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def save(folder, model, tokenizer, **kwargs):
@@ -159,6 +161,22 @@ def test_bf16_rounds_once(tmp_path, make_model, tokenizer):
     assert all(torch.equal(stored[name], parameter.to(torch.bfloat16)) for name, parameter in model.named_parameters())
     assert json.loads((tmp_path / "config.json").read_bytes())["dtype"] == "bfloat16"
     assert load_model(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": False}, MOE], ids=["tied", "untied", "experts"])
+def test_weights_in_bf16_come_back_bit_for_bit(tmp_path, make_model, tokenizer, shape):
+    save(tmp_path / "theirs", make_model(**shape), tokenizer, dtype=torch.bfloat16)
+    path = tmp_path / "theirs" / "model.safetensors"
+    before = load_file(path)
+    edge = torch.tensor([0x0001, -0x8000, 0x7F7F, 0x0080], dtype=torch.int16).view(torch.bfloat16)
+    before["model.embed_tokens.weight"][7, :4] = edge  # the least, minus zero, the largest, the least normal one
+    save_file(before, path)
+    export_model(str(tmp_path / "theirs"), tmp_path / "ours", "bf16")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
+    assert before.keys() == after.keys() and len(before) > 20
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == torch.bfloat16
+        assert torch.equal(tensor.view(torch.int16), after[name].view(torch.int16)), name
 
 
 def test_dtypes_by_name():
