@@ -6,9 +6,10 @@ import pytest
 
 from groundup.base.artifact import RunFolder
 from groundup.base.log import Log
+from groundup.checkpoint.huggingface import save_model
 from groundup.data.chat_rows import PackedChats
 from groundup.model.loss import IGNORE_INDEX
-from groundup.stages import inspect, pretrain
+from groundup.stages import finetune, inspect, pretrain
 from groundup.stages.chat_data import load_chats
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.recipe import Recipe
@@ -95,6 +96,34 @@ def test_samples_are_shown_with_their_mask(work, capsys):
 
 class _Seen(Exception):
     """The training job was made; nothing is trained."""
+
+
+def test_a_new_token_is_shown_as_the_training_sees_it(work, tmp_path, make_model, tokenizer, monkeypatch):
+    base = tmp_path / "with_room"
+    model = make_model(vocab_size=tokenizer.vocab_size + 4)
+    save_model(base, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[2])
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|think|><|im_start|>"))
+    changes = {"init_from": str(base), "adapter": "lora", "train_tokens": ("<|think|>",), "device": "cpu"}
+    section = work.recipe.sft.model_copy(update=changes)
+    work = Work(Recipe(name="look", lora=section.model_dump()), work.run, work.log)
+    jobs, shown = [], []
+
+    def see(job):
+        jobs.append(job)
+        raise _Seen
+
+    monkeypatch.setattr(finetune, "TrainingRun", see)
+    with pytest.raises(_Seen):
+        finetune.finetune(work, "lora")
+    monkeypatch.setattr(inspect, "marked_pieces", lambda tokenizer, ids, kinds: shown.append(ids) or [])
+    inspect.inspect_masks(work, "lora", count=1000, html=None)
+    source, new = jobs[0].source, tokenizer.vocab_size
+    assert len(shown) == source.rows_per_epoch > 5
+    for index, ids in enumerate(shown):
+        row = source.row(index)[0].tolist()
+        assert list(ids).count(new) == row.count(new) >= 2 and set(row) <= set(map(int, ids)), f"row {index}"
+    assert not list(base.glob("**/tokenizer")), "nothing is left"
 
 
 def test_the_rows_shown_are_those_that_pretraining_reads(tmp_path, tokenizer_folder, monkeypatch):

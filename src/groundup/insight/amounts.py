@@ -25,7 +25,8 @@ from groundup.data.rows import RowSource
 from groundup.data.token_store import TokenStore
 from groundup.model.config import ModelConfig
 from groundup.model.loss import IGNORE_INDEX
-from groundup.stages.chat_data import chat_encoder_of, load_chats, read_rows
+from groundup.stages.adapting import encoder_in_training
+from groundup.stages.chat_data import load_chats, read_rows
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.finetune import FinetuneStage, given_base
 from groundup.stages.pretrain import resolve_vocabulary
@@ -184,7 +185,7 @@ def tuning(recipe: Recipe, work: Work | None, stage: FinetuneStage, log: Log) ->
             )
         vocabulary = recipe.model.vocab_size if recipe.model.vocab_size != "auto" else vocabulary_of(recipe)
         return recipe.model.model_copy(update={"vocab_size": vocabulary}), _estimated_chats(config, vocabulary)
-    encoder = chat_encoder_of(config, base)
+    encoder = encoder_in_training(config, base)
     before = resident_bytes()
     data = load_chats(config, encoder)
     rows: RowSource = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(recipe.seed, stage))

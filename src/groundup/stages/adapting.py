@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
@@ -15,12 +16,14 @@ from groundup.adapters.targets import choose_targets
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
 from groundup.base.seeding import derive_seed
-from groundup.checkpoint.huggingface import copy_tokenizer
+from groundup.checkpoint.huggingface import copy_tokenizer, read_model_config
 from groundup.model.causal_lm import CausalLM
+from groundup.stages.chat_data import chat_encoder_of
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.models import refuse_other_tokenizer, tokenizer_of_adapter
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
+from groundup.tokenizer.chat import ChatEncoder
 
 START_FILE = "adapter_start.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
@@ -59,9 +62,38 @@ def with_new_tokens(
 
     Raises ConfigError if no row is free.
     """
-    new = [token for token in config.train_tokens if tokenizer.tokenizer.token_to_id(token) is None]
+    new = _new_tokens(config, tokenizer)
     if not new:
         return tokenizer
+    target = folder / TOKENIZER_FOLDER
+    if work.world.is_first:
+        _write_with(new, tokenizer, target, rows)
+    work.world.barrier()
+    return TextTokenizer(target)
+
+
+def encoder_in_training(config: FinetuneConfig, base: Path) -> ChatEncoder:
+    """The encoder that training on a base uses, every token of `train_tokens` known; nothing stays on the disk.
+
+    Raises ConfigError if no row is free for a new one.
+    """
+    encoder = chat_encoder_of(config, base)
+    new = _new_tokens(config, encoder.tokenizer)
+    if not new:
+        return encoder
+    rows = read_model_config(base).vocab_size
+    assert rows != "auto", "a directory says how many rows there are"
+    with TemporaryDirectory() as folder:
+        _write_with(new, encoder.tokenizer, Path(folder), rows)
+        return ChatEncoder(TextTokenizer(Path(folder)), encoder.template)
+
+
+def _new_tokens(config: FinetuneConfig, tokenizer: TextTokenizer) -> list[str]:
+    return [token for token in config.train_tokens if tokenizer.tokenizer.token_to_id(token) is None]
+
+
+def _write_with(new: list[str], tokenizer: TextTokenizer, target: Path, rows: int) -> None:
+    """Write the directory of a tokenizer with new tokens. Raises ConfigError if they have no row."""
     if tokenizer.vocab_size + len(new) > rows:
         raise ConfigError(
             "E-TOKENS-ROOM",
@@ -70,17 +102,13 @@ def with_new_tokens(
             where=new[0],
             next="begin with a model whose vocab_size leaves free rows, or train tokens that the tokenizer has",
         )
-    target = folder / TOKENIZER_FOLDER
-    if work.world.is_first:
-        target.mkdir(exist_ok=True)
-        copy_tokenizer(tokenizer.folder, target, eos_token_id=tokenizer.end_of_turn_id, tokenizer=tokenizer)
-        data = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for index, token in enumerate(new, tokenizer.vocab_size):
-            data["added_tokens"].append({"id": index, "content": token, **plain})
-        write_json(target / "tokenizer.json", data)
-    work.world.barrier()
-    return TextTokenizer(target)
+    target.mkdir(exist_ok=True)
+    copy_tokenizer(tokenizer.folder, target, eos_token_id=tokenizer.end_of_turn_id, tokenizer=tokenizer)
+    data = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for index, token in enumerate(new, tokenizer.vocab_size):
+        data["added_tokens"].append({"id": index, "content": token, **plain})
+    write_json(target / "tokenizer.json", data)
 
 
 def adapt(

@@ -18,7 +18,8 @@ from groundup.data.rows import Row
 from groundup.model.config import ModelConfig
 from groundup.model.loss import IGNORE_INDEX
 from groundup.parallel.mesh import ROW_DIMS
-from groundup.stages.chat_data import chat_encoder_of, load_chats
+from groundup.stages.adapting import encoder_in_training
+from groundup.stages.chat_data import load_chats
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
 from groundup.stages.pretrain import check_positions, resolve_vocabulary
 from groundup.stages.text_rows import open_rows, text_sources
@@ -173,7 +174,7 @@ def _of_pretraining(work: Work) -> StageData:
 
 def _of_finetuning(work: Work, stage: FinetuneStage) -> StageData:
     config, base = section_of(work, stage), base_model(work, stage)
-    encoder = chat_encoder_of(config, base)
+    encoder = encoder_in_training(config, base)
     data = load_chats(config, encoder)
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(work.recipe.seed, stage))
     return StageData(config, read_model_config(base), encoder.tokenizer, rows)

@@ -15,7 +15,8 @@ from groundup.data.chat_rows import PackedChats
 from groundup.data.mixture import MixedRows
 from groundup.model.loss import IGNORE_INDEX
 from groundup.report.token_view import Kind, MarkedRow, for_terminal, legend, page
-from groundup.stages.chat_data import chat_encoder_of, load_chats
+from groundup.stages.adapting import encoder_in_training
+from groundup.stages.chat_data import load_chats
 from groundup.stages.chat_samples import marked_pieces
 from groundup.stages.finetune import FinetuneStage, base_model, section_of
 from groundup.stages.text_rows import open_rows, text_sources
@@ -26,7 +27,7 @@ from groundup.tokenizer.bpe import TextTokenizer
 def inspect_masks(work: Work, stage: FinetuneStage, *, count: int, html: Path | None) -> None:
     """Show the first rows of a fine-tuning stage: which tokens are learned, where chats begin, end and were cut."""
     config = section_of(work, stage)
-    encoder = chat_encoder_of(config, base_model(work, stage))
+    encoder = encoder_in_training(config, base_model(work, stage))
     tokenizer, data = encoder.tokenizer, load_chats(config, encoder)
     rows = PackedChats(data.train, row_length=config.row_length, seed=derive_seed(work.recipe.seed, stage))
     marked = []
