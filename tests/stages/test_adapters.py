@@ -117,7 +117,10 @@ def test_a_new_token_gets_a_row_that_is_trained_saved_and_loaded_by_peft(lora, w
     template = (base / "chat_template.jinja").read_text().replace("<|im_start|>", "<|think|><|im_start|>")
     (base / "chat_template.jinja").write_text(template)
     run, out = lora("--lora.init_from", base, "--lora.train_tokens", "['<|think|>', '<|im_end|>']")
-    assert "3 rows of the embedding are padding" in out, "one of four is the new token's"
+    told = [line for line in out.splitlines() if "3 rows of the embedding are padding" in line]
+    assert [line.split()[0] for line in told] == ["lora", "merge"], "one of four is the new token's"
+    said = groundup("generate", run / "lora" / "model", "the", "--max-new-tokens", "2")
+    assert said.code == 0 and "padding" not in said.out + said.err
     assert read_json(run / "lora" / "summary.json")["vocabulary_padding"] == 3
     new = config["vocab_size"]
     tokenizer = AutoTokenizer.from_pretrained(run / "lora" / "model")

@@ -198,6 +198,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(way, sft, tmp_path)
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     said = refusal("sft", sft, "--runs-dir", tmp_path / "runs", "--sft.init_from", model)
     assert said.code == 2 and "E-TOKENIZER-MISMATCH" in said.err and "301 ids" in said.err
+    said = groundup("pretrain", way / "tiny.yaml", "--runs-dir", tmp_path / "runs", "--model.vocab_size", "304")
+    assert said.code == 0 and "pretrain  4 rows of the embedding are padding" in said.out, "declared"
 
 
 def test_a_base_that_is_no_model_is_refused(way, sft, tmp_path):

@@ -17,7 +17,7 @@ from groundup.base.log import Log
 from groundup.checkpoint import pth_reader
 from groundup.checkpoint.huggingface import load_weights, read_model_config, save_model
 from groundup.model.causal_lm import CausalLM
-from groundup.stages.models import placed_whole, refuse_used
+from groundup.stages.models import padding_words, placed_whole, refuse_used
 from groundup.tokenizer.bpe import TextTokenizer
 
 TIMEOUT_SECONDS = 1000.0
@@ -66,7 +66,7 @@ def convert(source: Path, target: Path, tokenizer_folder: Path, log: Log) -> Pat
         f"{values['model_type']}: {model.num_parameters():,} parameters, hidden {values['hidden_size']}, "
         f"{values['num_hidden_layers']} layers, {values['num_attention_heads']} heads of {values['head_dim']} "
         f"({values['num_key_value_heads']} of keys and values), {rows} rows"
-        + (f", {padding} of them padding" if padding else "")
+        + (f"; {padding_words(padding)}" if padding else "")
     )
     log.say("taken as MiniMind's, for no tensor tells: " + ", ".join(f"{name} {ASSUMED[name]:g}" for name in ASSUMED))
     return target

@@ -30,7 +30,7 @@ from groundup.stages.chat_data import EMBEDDED, EMBEDDED_NOTE, chat_template_of,
 from groundup.stages.chat_samples import show_samples
 from groundup.stages.config import FinetuneConfig
 from groundup.stages.hub import is_hub_name, model_of_hub
-from groundup.stages.models import base_to_train, tokenizer_beside, tokenizer_hash
+from groundup.stages.models import base_to_train, padding_words, tokenizer_beside, tokenizer_hash
 from groundup.stages.pretrain import check_positions, describe_run
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
@@ -61,7 +61,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     tokenizer = with_new_tokens(work, config, attempt.folder, tokenizer, model.model.embed_tokens.num_embeddings)
     padding = model.model.embed_tokens.num_embeddings - tokenizer.vocab_size
     if padding:
-        work.log.say(f"{stage}  {padding} rows of the embedding are padding: no token has them")
+        work.log.say(f"{stage}  {padding_words(padding)}")
     encoder = ChatEncoder(tokenizer, template)
     data = load_chats(config, encoder)
     if work.world.is_first:

@@ -19,7 +19,7 @@ from groundup.checkpoint.huggingface import copy_tokenizer, load_model, load_wei
 from groundup.corpus.embedded import embedded_files
 from groundup.model.causal_lm import CausalLM
 from groundup.stages.finetune import base_model, weights_hash
-from groundup.stages.models import refuse_other_tokenizer, tokenizer_hash, tokenizer_of_adapter
+from groundup.stages.models import padding_words, refuse_other_tokenizer, tokenizer_hash, tokenizer_of_adapter
 from groundup.stages.work import Work
 from groundup.tokenizer.bpe import TextTokenizer
 
@@ -94,7 +94,9 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
     copy_tokenizer(tokenizer_folder, target, eos_token_id=first, tokenizer=tokenizer)
     if (adapter / "chat_template.jinja").is_file():  # the one it was trained with
         shutil.copyfile(adapter / "chat_template.jinja", target / "chat_template.jinja")
-    figures = {
+    rows = merged.model.embed_tokens.num_embeddings
+    figures: dict[str, Any] = {
+        "vocabulary_padding": rows - tokenizer.vocab_size,
         "merge_max_logit_difference": difference,
         "merge_tolerance": tolerance,
         "merge_largest_logit": largest,
@@ -123,7 +125,8 @@ def merge_words(figures: dict[str, Any]) -> str:
             f"; the 4-bit base of the training differs from the full-precision one by "
             f"{figures['packed_base_max_logit_difference']:.2e} (no part of the merge)"
         )
-    return text
+    padding = figures.get("vocabulary_padding")
+    return f"{text}; {padding_words(padding)}" if padding else text
 
 
 def _real_texts(tokenizer: TextTokenizer) -> list[Tensor]:

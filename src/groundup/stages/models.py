@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from groundup.base.amounts import counted
 from groundup.base.artifact import MANIFEST, read_manifest
 from groundup.base.errors import ConfigError
 from groundup.base.failpoints import reach
@@ -79,6 +80,11 @@ def refuse_other_tokenizer(found: str, noted: str | None, where: Path) -> None:
             where=where,
             next="give the tokenizer the model was trained with",
         )
+
+
+def padding_words(padding: int) -> str:
+    """What to say of so many rows of the embedding beyond the tokenizer's ids."""
+    return f"{counted(padding, 'row')} of the embedding {'is' if padding == 1 else 'are'} padding: no token has them"
 
 
 def tokenizer_of_adapter(adapter: Path) -> str | None:

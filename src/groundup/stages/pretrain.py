@@ -18,6 +18,7 @@ from groundup.generate.text import continue_text
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
 from groundup.model.initial import InitialWeights
+from groundup.stages.models import padding_words
 from groundup.stages.text_rows import (
     describe_mixture,
     hashes_of,
@@ -54,6 +55,9 @@ def pretrain(work: Work) -> dict[str, Any]:
     verify(work.path("tokenizer"), run.committed("tokenizer"))
     tokenizer = TextTokenizer(work.path("tokenizer"))
     shape = resolve_vocabulary(shape, tokenizer)
+    assert shape.vocab_size != "auto", "it was resolved"
+    if shape.vocab_size > tokenizer.vocab_size:
+        work.log.say(f"{STAGE}  {padding_words(shape.vocab_size - tokenizer.vocab_size)}")
     rows = open_rows(sources, config, seed=recipe.seed, vocab_size=tokenizer.vocab_size, log=work.log)
     check_positions(shape, config.row_length)
     model = CausalLM.without_memory(shape)
