@@ -351,13 +351,16 @@ def _base_model(flags: argparse.Namespace) -> Path:
             next="give what is saved another name",
         )
     if not (folder / "config.json").is_file():
-        if (flags.save_dir / f"{stem}.pth").is_file():
-            raise CheckpointError(
-                "E-CKPT-FORMAT",
-                what=f"{stem}.pth is a pickle, which can run code: refused",
-                where=flags.save_dir,
-                next="train the model with the script before this one",
-            )
+        given = Path(flags.from_weight)
+        for path in (flags.save_dir / f"{stem}.pth", given, flags.save_dir / given):
+            if path.suffix == ".pth" and path.is_file():
+                raise CheckpointError(
+                    "E-CKPT-FORMAT",
+                    what=f"{path.name} is a pickle, which can run code: refused",
+                    where=path.parent,
+                    next=f"`groundup convert {path} --to {flags.save_dir / path.stem} --tokenizer DIR` makes a model of it; "
+                    "or train it with the script before this one",
+                )
         script = "train_full_sft.py" if flags.from_weight == "full_sft" else "train_pretrain.py"
         raise ConfigError(
             "E-MODEL-NONE",

@@ -12,7 +12,8 @@ import torch
 
 from groundup.base.errors import CheckpointError
 from groundup.checkpoint import pth_reader
-from groundup.checkpoint.huggingface import load_model
+from groundup.checkpoint.experts import unstacked
+from groundup.checkpoint.huggingface import load_model, load_weights
 from groundup.stages import convert
 from groundup.stages.convert import read_pth
 
@@ -22,11 +23,16 @@ pytestmark = pytest.mark.costly
 
 MINIMIND = Path(__file__).parents[3] / "shared" / "data" / "minimind"
 SHAPE = {"rope_theta": 1e6, "max_position_embeddings": 32768, "head_dim": 12}
+# one expert for a token, its weight 1
+MOE = {
+    **{"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True},
+    "moe_intermediate_size": 48,
+}
 
 
 def weights_of(model, **changes):
     """A state dict as MiniMind saves it: in fp16, the tied head named too."""
-    named = dict(model.state_dict()) | changes
+    named = unstacked(model.config, dict(model.state_dict()) | changes)
     return {name: tensor.half() for name, tensor in named.items()}
 
 
@@ -61,13 +67,17 @@ def converted(path, tokenizer_folder, tmp_path):
             {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
             lambda tensors: tensors,
         ),
+        (MOE, lambda tensors: tensors),
         ({}, lambda tensors: tensors | {"model.freqs_cos": torch.ones(3, 2), "model.freqs_sin": torch.ones(3, 2)}),
     ],
-    ids=["dense", "a checkpoint, untied", "compiled", "no norms", "stored tables"],
+    ids=["dense", "a checkpoint, untied", "compiled", "no norms", "experts", "stored tables"],
 )
 def test_its_logits_are_those_of_the_weights(at_once, make_model, tokenizer_folder, pth, tmp_path, shape, wrap):
     model = make_model(**(SHAPE | shape))
-    model.load_state_dict({name: tensor.float() for name, tensor in weights_of(model).items()})
+    stored = weights_of(model)
+    names = ("model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.gate.weight")
+    assert all((name in stored) == (shape is MOE) for name in names), "MiniMind's names of experts"
+    load_weights(model, {name: tensor.float() for name, tensor in stored.items()}, "here")
     ours, said = converted(pth(wrap(weights_of(model))), tokenizer_folder(), tmp_path)
     assert ours.config == model.config and "rope_theta 1e+06" in said
     tokens_BT = torch.randint(0, 400, (2, 19))
@@ -75,6 +85,11 @@ def test_its_logits_are_those_of_the_weights(at_once, make_model, tokenizer_fold
         assert torch.equal(ours.eval().logits(tokens_BT), model.logits(tokens_BT))
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+
+
+def test_rows_that_no_id_has_are_told(at_once, make_model, tokenizer_folder, pth, tmp_path):
+    _, said = converted(pth(weights_of(make_model(vocab_size=404, **SHAPE))), tokenizer_folder(), tmp_path)
+    assert "404 rows; 4 rows of the embedding are padding" in said
 
 
 def test_minimind_s_own_shape_and_tokenizer(make_model, pth, tmp_path):

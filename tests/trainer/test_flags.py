@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,8 +119,12 @@ def test_a_beginning_that_is_not_there_is_refused(doors, folder, capsys):
 def test_minimind_s_own_pickle_is_refused(doors, folder, capsys):
     (folder / "out").mkdir()
     (folder / "out" / "pretrain_32.pth").write_bytes(b"\x80\x04.")
-    code, said = refused(doors, "sft", ["--data_path", "chats.jsonl", *SMALL], capsys)
-    assert code == 4 and "E-CKPT-FORMAT" in said
+    (folder / "mine_32.pth").write_bytes(b"\x80\x04.")
+    for name, path in ((), "out/pretrain_32.pth"), (("--from_weight", "mine_32.pth"), "mine_32.pth"):
+        code, said = refused(doors, "sft", ["--data_path", "chats.jsonl", *SMALL, *name], capsys)
+        assert code == 4 and "E-CKPT-FORMAT" in said
+        target = f"out/{Path(path).stem}"
+        assert f"`groundup convert {path} --to {target} --tokenizer DIR`" in said
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(doors, folder, capsys):
