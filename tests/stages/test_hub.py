@@ -57,6 +57,36 @@ def test_it_says_what_it_downloads_and_does_so_once(hub, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+SHARDED = {
+    "config.json": "{}",
+    "tokenizer.json": "{}",
+    "model-00001-of-00002.safetensors": "",
+    "model-00002-of-00002.safetensors": "",
+    "model.safetensors.index.json": '{"weight_map": {"a": "model-00001-of-00002.safetensors", '
+    '"b": "model-00002-of-00002.safetensors"}}',
+}
+
+
+@pytest.mark.parametrize("absent", [*SHARDED, "both of the last"])
+def test_a_download_that_was_cut_is_no_model(hub, tmp_path, capsys, absent):
+    """Whatever came last; a link to bytes that never came is none either."""
+    gone = [absent] if absent in SHARDED else [*SHARDED][3:]
+    for name in SHARDED.keys() - set(gone):
+        (tmp_path / name).write_text(SHARDED[name])
+    (tmp_path / gone[0]).symlink_to(tmp_path / "blobs" / "that.incomplete")
+    made = hub(*SHARDED)
+    is_index_only = gone == ["model.safetensors.index.json"]
+    if not is_index_only:  # both shards are there, as their numbers tell
+        (tmp_path / gone[0]).unlink()
+        assert model_of_hub("owner/model", Log()) == tmp_path
+        assert made.downloads == ["owner/model"]
+        assert "the cache holds a part of it only" in capsys.readouterr().out
+        for name in SHARDED:
+            (tmp_path / name).write_text(SHARDED[name])
+    assert model_of_hub("owner/model", Log()) == tmp_path
+    assert len(made.downloads) == (0 if is_index_only else 1)
+
+
 def test_a_model_of_pickles_is_refused_before_anything_is_downloaded(hub):
     made = hub("config.json", "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="E-CKPT-FORMAT"):

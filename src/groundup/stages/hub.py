@@ -5,15 +5,33 @@ from pathlib import Path
 
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.log import Log
+from groundup.checkpoint.weight_files import weight_files
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARD = re.compile(r".*-\d+-of-0*(\d+)\.safetensors")
 WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
+NEEDED = ("config.json", "tokenizer.json")
 TEMPLATES = ("special_tokens_map.json", "*.jinja")
 
 
 def is_hub_name(text: str) -> bool:
     """Whether a text that is no path here can be an owner and a model."""
     return _NAME.fullmatch(text) is not None and not Path(text).exists()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a download into the Hub's cache came to its end: config, tokenizer and every shard of the weights.
+
+    Each file appears there when it is complete, but one after the other.
+    """
+    if not all((folder / name).is_file() for name in NEEDED):
+        return False
+    try:
+        files = weight_files(folder)
+    except CheckpointError:  # a shard of the index is missing, or every one
+        return False
+    numbered = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    return all(file.is_file() for file in files) and all(int(match[1]) == len(numbered) for match in numbered)
 
 
 def model_of_hub(name: str, log: Log) -> Path:
@@ -30,8 +48,9 @@ def model_of_hub(name: str, log: Log) -> Path:
     patterns = [*WANTED, *TEMPLATES]
     try:
         cached = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        if any(cached.glob("*.safetensors")):
+        if is_whole(cached):
             return cached
+        log.say(f"{name}: the cache holds a part of it only, {cached}")
     except (LocalEntryNotFoundError, HFValidationError):
         pass  # it is not there yet
     try:
