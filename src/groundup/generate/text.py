@@ -18,7 +18,12 @@ def continue_text(
     with torch.compiler.set_stance("force_eager"):
         ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
         completion = complete(model, [ids], config, {tokenizer.end_of_text_id, tokenizer.end_of_turn_id})[0]
-    return tokenizer.decode(completion.ids, skip_control_tokens=True)
+    return tokenizer.decode(completion.ids, skip_control_tokens=True, goes_on=_goes_on(tokenizer, ids))
+
+
+def _goes_on(tokenizer: TextTokenizer, ids: Sequence[int]) -> bool:
+    """Whether what follows these ids follows text, not a control token."""
+    return bool(ids) and ids[-1] not in tokenizer.added_tokens.values()
 
 
 def stream_text(
@@ -27,15 +32,15 @@ def stream_text(
     """Pieces of text as they come; a character whose bytes are not all there yet is held back."""
     model.eval()
     generated: list[int] = []
-    shown = ""
+    shown, goes_on = "", _goes_on(tokenizer, ids)
     for (token,) in stream_tokens(model, [ids], config, eos_ids):
         if token is None or token in eos_ids:
             break
         generated.append(token)
-        text = tokenizer.decode(generated, skip_control_tokens=True)
+        text = tokenizer.decode(generated, skip_control_tokens=True, goes_on=goes_on)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-    rest = tokenizer.decode(generated, skip_control_tokens=True)[len(shown) :]
+    rest = tokenizer.decode(generated, skip_control_tokens=True, goes_on=goes_on)[len(shown) :]
     if rest:
         yield rest

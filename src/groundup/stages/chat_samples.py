@@ -38,7 +38,7 @@ def marked_pieces(
             num_padding += 1
             continue
         held.append(int(token))
-        text = tokenizer.decode(held)
+        text = tokenizer.decode(held, goes_on=bool(pieces))
         goes_on = index + 1 < len(kinds) and kinds[index + 1] == kind and len(held) < 4
         if "\ufffd" in text and goes_on:
             continue

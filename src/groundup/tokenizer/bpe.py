@@ -1,6 +1,7 @@
 """Byte-level BPE without a normaliser: every UTF-8 string comes back as it went in."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from groundup.base.files import write_json
 from groundup.base.pickles import refuse_pickle
 from groundup.tokenizer.config import TokenizerConfig
 from groundup.tokenizer.pieces import LLAMA_PATTERN, QWEN2_PATTERN, PieceEncoder, cut_of, encode_by_library
+from groundup.tokenizer.prefix import prefix_of, without_prefix
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN)
 NUM_BYTES = 256
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -71,6 +74,10 @@ class TextTokenizer:
             # a copy that knows no added tokens: what a user types is always ordinary bytes
             self.plain = Tokenizer.from_str(json.dumps(_without_added_tokens(data)))
             cut = cut_of(data)
+            self.prefix = prefix_of(data)
+            # a text that goes on another gets no space of its own
+            inside = json.dumps(without_prefix(_without_added_tokens(data)))
+            self._inside = self.plain if self.prefix == "none" else Tokenizer.from_str(inside)
         except Exception as error:  # the tokenizers library raises bare Exception for a bad file
             refuse_pickle(path)
             raise DataError(
@@ -79,12 +86,14 @@ class TextTokenizer:
                 where=path,
                 next="train one with `groundup tokenizer`, or repair the file",
             ) from None
+        self._has_byte_names = "ByteLevel" in json.dumps(data.get("pre_tokenizer"))
         self._pieces = PieceEncoder(self.plain, cut) if cut else None
         self.folder = folder
         self.added_tokens = {entry["content"]: int(entry["id"]) for entry in data.get("added_tokens", [])}
         self.config = self._read_config(folder)
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids) + 1
+        self._before = self.encode("a")
         self.end_of_text_id = self._id_of(END_OF_TEXT, "eos_token")
         self.end_of_turn_id = self._id_of(END_OF_TURN, "eos_token")
 
@@ -114,9 +123,11 @@ class TextTokenizer:
             )
         return int(found)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; the text of a control token is encoded as ordinary bytes."""
-        return list(self.plain.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, *, goes_on: bool = False) -> list[int]:
+        """Ids of a text; the text of a control token is encoded as ordinary bytes. One that `goes_on` another gets no space
+        put before it."""
+        tokenizer = self._inside if goes_on else self.plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """As `encode`, for many texts, a megabyte at a time or so."""
@@ -127,14 +138,25 @@ class TextTokenizer:
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         added = set(self.added_tokens.values())
         for token, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
-            # in a byte-level vocabulary each character of a token's name is one byte
-            sizes[index] = 0 if index in added else len(token)
+            sizes[index] = 0 if index in added else _num_bytes(token, self._has_byte_names)
         return sizes
 
-    def decode(self, ids: list[int], *, skip_control_tokens: bool = False) -> str:
-        """Text of ids."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_control_tokens)
+    def decode(self, ids: list[int], *, skip_control_tokens: bool = False, goes_on: bool = False) -> str:
+        """Text of ids. Of those that `goes_on` other text, a space at the beginning is one."""
+        text: str
+        if goes_on and self.prefix != "none":
+            text = self.tokenizer.decode([*self._before, *ids], skip_special_tokens=skip_control_tokens)
+            return text[len(self.tokenizer.decode(self._before)) :]
+        text = self.tokenizer.decode(ids, skip_special_tokens=skip_control_tokens)
         return text
+
+
+def _num_bytes(token: str, has_byte_names: bool) -> int:
+    """Bytes of a token's text by its name: in a byte-level vocabulary each character stands for one, elsewhere for itself,
+    but those of `<0x0A>` and the sign for a space."""
+    if has_byte_names or _BYTE.fullmatch(token):
+        return len(token) if has_byte_names else 1
+    return len(token.replace("\u2581", " ").encode())
 
 
 def _without_added_tokens(data: Mapping[str, Any]) -> dict[str, Any]:

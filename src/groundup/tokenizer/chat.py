@@ -158,13 +158,13 @@ class ChatEncoder:
         ids: list[int] = []
         mask: list[bool] = []
         spans: list[int] = []
-        is_supervised, num_spans = False, 0
+        is_supervised, num_spans, goes_on = False, 0, False
         for part in re.split(f"([{_GENERATION_BEGIN}{_GENERATION_END}])", rendered):
             if part in (_GENERATION_BEGIN, _GENERATION_END):
                 is_supervised = part == _GENERATION_BEGIN
                 num_spans += is_supervised
                 continue
-            part_ids = self._encode_rendered(part)
+            part_ids, goes_on = self._encode_rendered(part, goes_on)
             ids += part_ids
             mask += [is_supervised and self._says_something(part)] * len(part_ids)
             spans += [num_spans - 1 if is_supervised else -1] * len(part_ids)
@@ -174,16 +174,18 @@ class ChatEncoder:
         """Whether more than control tokens is left: a model that learns an empty turn learns to say nothing."""
         return bool((self._control_pattern.sub("", text) if self._control_pattern else text).strip())
 
-    def _encode_rendered(self, text: str) -> list[int]:
-        if self._control_pattern is None:
-            return self.tokenizer.encode(self._restore(text))
+    def _encode_rendered(self, text: str, goes_on: bool) -> tuple[list[int], bool]:
+        """Ids of a part, and whether what follows goes on its text: some tokenizers put a space before one that does not."""
         ids: list[int] = []
         at = 0
-        for match in self._control_pattern.finditer(text):
-            ids += self.tokenizer.encode(self._restore(text[at : match.start()]))
+        for match in self._control_pattern.finditer(text) if self._control_pattern else ():
+            ids += self._encode_between(text[at : match.start()], goes_on)
             ids.append(self.tokenizer.added_tokens[match.group()])
-            at = match.end()
-        return ids + self.tokenizer.encode(self._restore(text[at:]))
+            at, goes_on = match.end(), self.tokenizer.prefix != "each"
+        return ids + self._encode_between(text[at:], goes_on), goes_on or at < len(text)
+
+    def _encode_between(self, text: str, goes_on: bool) -> list[int]:
+        return self.tokenizer.encode(self._restore(text), goes_on=goes_on) if text else []
 
     def _encode_by_prefixes(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> EncodedChat:
         """Mask of a template without spans: what an assistant message adds to the chat rendered up to it."""
