@@ -4,13 +4,14 @@ import random
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from groundup.data.chat_rows import PackedChats
-from groundup.data.chats import Chat
-from groundup.data.encoded_chats import EncodedChats
+from groundup.data.chats import Chat, as_chat
+from groundup.data.encoded_chats import EncodedChats, split_chats
 from groundup.data.rows import read_batch
 from groundup.model.loss import IGNORE_INDEX
-from groundup.tokenizer.chat import EncodedChat
+from groundup.tokenizer.chat import ChatEncoder, EncodedChat
 
 
 class Numbered:
@@ -68,6 +69,25 @@ def test_padding_is_counted_and_stands_behind_a_wall():
     assert (batch.labels_BT[padding] == IGNORE_INDEX).all()
     for row, column in padding.nonzero().tolist():
         assert (batch.tokens_BT[row, batch.segments.starts_BT[row, column] : column + 1] == 0).all()
+
+
+@pytest.mark.parametrize("row_length", [256, 512])
+def test_at_most_two_hundredths_of_a_packed_set_are_padding(tokenizer, row_length):
+    """Questions and answers of the lengths that people's sets have: most short, a few fill a row."""
+    generator = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "it", "does", "not", "mind"]
+    rows = []
+    for number in range(600):
+        said = [" ".join(generator.choices(words, k=1 + int(generator.lognormvariate(mean, 0.7)))) for mean in (2, 3)]
+        rows.append({"question": f"{number}: {said[0]}", "answer": said[1]})
+    chats = [as_chat(row, "made", number) for number, row in enumerate(rows)]
+    kept, _ = split_chats(chats, ChatEncoder(tokenizer), row_length=row_length, validation_fraction=0.05)
+    assert len(kept) > 500
+    packed = PackedChats(kept, row_length=row_length, seed=0)
+    tokens_BT = read_batch(packed, 0, packed.rows_per_epoch).tokens_BT
+    share = (tokens_BT == tokenizer.end_of_text_id).float().mean().item()
+    assert share == pytest.approx(packed.padding_fraction) and share <= 0.02
+    assert tokens_BT.ne(tokenizer.end_of_text_id).sum() == sum(len(kept.ids(chat)) - 1 for chat in range(len(kept)))
 
 
 def test_epochs_visit_the_same_rows_in_another_order():
