@@ -14,6 +14,12 @@ MINIMIND = Path(__file__).parents[3] / "shared" / "data" / "minimind"
 needs_minimind = pytest.mark.skipif(
     not (MINIMIND / "tokenizer.json").is_file(), reason="MiniMind's tokenizer is not at ../shared/data/minimind"
 )
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+"""As MiniMind's: a prompt closes the thoughts at once."""
 ROLES = ["system", "user", "assistant", "tool"]
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -331,3 +337,20 @@ def test_where_the_template_comes_from(tmp_path, tokenizer_folder):
     assert read_template(tmp_path) == BUILT_IN_TEMPLATE
     assert ChatEncoder(TextTokenizer(tokenizer_folder())).template == BUILT_IN_TEMPLATE
     assert all(token in BUILT_IN_TEMPLATE for token in CONTROL_TOKENS[1:])
+
+
+def test_thoughts_are_learned_under_a_template_whose_prompt_closes_them_at_once(tokenizer):
+    encoder = ChatEncoder(tokenizer, THINKS)
+    thought = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and <|im_end|> two."}
+    messages = [*CHAT[:2], thought, CHAT[3], CHAT[4]]
+    encoded = encoder.encode(messages)
+    assert learned(encoder, encoded) == [
+        "Two and <|im_end|> two.\n</think>\n\nFour.<|im_end|>",
+        "Three is 3, the quick fox says.<|im_end|>",
+    ]
+    assert encoded.ids.count(tokenizer.end_of_turn_id) == 5, "what is thought ends no turn"
+    prompt = encoder.encode_prompt(messages[:-1])
+    assert encoded.ids[: len(prompt)] == prompt
+    for other in ("'<|im_start|>model\n<think>", "'<|im_start|>assistant\n\n<think>"):
+        with pytest.raises(ConfigError, match="E-TEMPLATE-PREFIX"):
+            ChatEncoder(tokenizer, THINKS.replace("'<|im_start|>assistant\n<think>", other)).encode(messages)

@@ -30,6 +30,8 @@ BUILT_IN_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(en
 _OPEN, _CLOSE, _GENERATION_BEGIN, _GENERATION_END = "\U0010fff0", "\U0010fff1", "\U0010fff2", "\U0010fff3"
 _PRIVATE = (_OPEN, _CLOSE, _GENERATION_BEGIN, _GENERATION_END)
 
+_CLOSED_THOUGHTS = re.compile(r"\n?</think>\s*$")
+
 # what an expression in a template can raise; jinja hands it on as it is
 _FAULTS_OF_TEMPLATES = (
     TemplateError,
@@ -196,6 +198,9 @@ class ChatEncoder:
                 continue
             before = self._render(messages[:number], add_generation_prompt=True, **variables)
             after = self._render(messages[: number + 1], add_generation_prompt=False, **variables)
+            if message.get("reasoning_content") and not whole.startswith(before):
+                # some templates close the thoughts in the prompt, as if there were none
+                before = _CLOSED_THOUGHTS.sub("", before)
             if not (whole.startswith(before) and whole.startswith(after) and len(before) >= at):
                 raise ConfigError(
                     "E-TEMPLATE-PREFIX",
