@@ -71,7 +71,7 @@ def make_model(flags: argparse.Namespace) -> Path:
     model = CausalLM(material.shape_of("30M", tokenizer.vocab_size))
     model.initialize(torch.Generator().manual_seed(0))
     folder: Path = flags.out / "model"
-    save_model(folder, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[tokenizer.end_of_turn_id])
+    save_model(folder, model.config, model.named_parameters(), tokenizer, eos_token_ids=[tokenizer.end_of_turn_id])
     return folder
 
 

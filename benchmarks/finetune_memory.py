@@ -50,7 +50,7 @@ def make_base(folder: Path, *, hidden_size: int, layers: int) -> int:
     )
     model = CausalLM(shape)
     model.initialize(torch.Generator().manual_seed(0))
-    save_model(folder, model, dict(model.named_parameters()), TextTokenizer(tokenizer), eos_token_ids=[0])
+    save_model(folder, model.config, model.named_parameters(), TextTokenizer(tokenizer), eos_token_ids=[0])
     return model.num_parameters()
 
 

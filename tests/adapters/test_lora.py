@@ -174,7 +174,7 @@ def test_peft_loads_it_onto_the_model_of_transformers(tmp_path, make_model, toke
 
     config = CONFIG.model_copy(update={"lora_targets": targets})
     base = make_model(model_type=model_type)
-    save_model(tmp_path / "base", base, dict(base.named_parameters()), tokenizer, eos_token_ids=[0])
+    save_model(tmp_path / "base", base.config, base.named_parameters(), tokenizer, eos_token_ids=[0])
     model = adapted(base, config)
     save_adapter(tmp_path / "adapter", config, adapter_of(model), targets=target_modules(model), base_hash="abc")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")

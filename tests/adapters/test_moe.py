@@ -73,7 +73,7 @@ def test_peft_loads_the_adapter_onto_transformers(tmp_path, make_model, tokenize
     from transformers import AutoModelForCausalLM
 
     base = make_model(**MOE[model_type])
-    save_model(tmp_path / "base", base, dict(base.named_parameters()), tokenizer, eos_token_ids=[2])
+    save_model(tmp_path / "base", base.config, base.named_parameters(), tokenizer, eos_token_ids=[2])
     model, names = adapted(base)
     weights = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
     save_adapter(tmp_path / "adapter", CONFIG, weights, targets=target_modules(model), base_hash="abc")

@@ -85,7 +85,7 @@ def test_saved_it_is_the_same_in_ours_in_peft_and_merged(make_model, tokenizer, 
 
     shape = {"tie_word_embeddings": tied, "model_type": "qwen2"}  # biases, which must stay what they are
     model, config = make_model(**shape), config_of(variant)
-    save_model(tmp_path / "base", model, dict(model.named_parameters()), tokenizer, eos_token_ids=[0])
+    save_model(tmp_path / "base", model.config, model.named_parameters(), tokenizer, eos_token_ids=[0])
     start = adapt(model, config, tmp_path / "start", token_ids=token_ids)
     train_a_little(model)
     save(tmp_path / "adapter", model, config, start, token_ids=token_ids)

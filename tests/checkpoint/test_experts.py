@@ -33,7 +33,7 @@ ON_DISK = {
 
 
 def save(folder, model, tokenizer, **kwargs):
-    save_model(folder, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[2, 0], **kwargs)
+    save_model(folder, model.config, model.named_parameters(), tokenizer, eos_token_ids=[2, 0], **kwargs)
     return folder
 
 

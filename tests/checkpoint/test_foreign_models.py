@@ -84,7 +84,7 @@ def test_every_scaling_comes_in_and_goes_out(tmp_path, tokenizer, model_type, ro
             update={"rope_parameters": ours.config.rope_parameters.__class__()}
         )
         assert (plain.eval().logits(tokens_BT) - expected).abs().max() > 0.1, "the scaling does something"
-    save_model(tmp_path / "ours", ours, dict(ours.named_parameters()), tokenizer, eos_token_ids=[0])
+    save_model(tmp_path / "ours", ours.config, ours.named_parameters(), tokenizer, eos_token_ids=[0])
     from transformers import AutoModelForCausalLM
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")

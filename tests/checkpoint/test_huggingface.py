@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from groundup.base.errors import CheckpointError, ConfigError
+from groundup.checkpoint.experts import unstacked
 from groundup.checkpoint.huggingface import (
     load_model,
     load_weights,
@@ -35,18 +36,36 @@ SHAPES += [
         ("qwen2", {"layer_types": ("sliding_attention", "full_attention")}),
     )
 ]
+MIXED = {"model_type": "dots1", "num_experts": 4, "num_experts_per_tok": 2}
+MIXED |= {"moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1}
 
 MOE = {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def save(folder, model, tokenizer, **kwargs):
-    save_model(folder, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[2, 0], **kwargs)
+    save_model(folder, model.config, model.named_parameters(), tokenizer, eos_token_ids=[2, 0], **kwargs)
     return folder
 
 
 @pytest.fixture
 def folder(tmp_path, make_model, tokenizer):
     return save(tmp_path / "model", make_model(), tokenizer)
+
+
+@pytest.mark.parametrize("shape", [{}, MIXED], ids=["dense", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_that_come_in_any_order_make_the_file_of_safetensors(tmp_path, make_model, tokenizer, shape, dtype):
+    model = make_model(**shape)
+    weights = list(model.named_parameters())
+    save_model(tmp_path, model.config, iter(weights[::-1]), tokenizer, eos_token_ids=[2, 0], dtype=dtype)
+    tensors = {
+        name: weight.to(torch.float32 if name.endswith("correction_bias") else dtype).contiguous()
+        for name, weight in unstacked(model.config, dict(weights)).items()
+    }
+    save_file(tensors, tmp_path / "expected.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    with pytest.raises(AssertionError, match="no values for"):
+        save_model(tmp_path, model.config, iter(weights[1:]), tokenizer, eos_token_ids=[2, 0])
 
 
 @pytest.mark.parity

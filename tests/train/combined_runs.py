@@ -108,6 +108,6 @@ def train(world, folder, combination, parallel=None):
     outcome = TrainingRun(job).run()
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines() if world.is_first else []
     digest = hashlib.sha256()
-    for name in sorted(outcome.weights):
-        digest.update(outcome.weights[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+    for _, weight in sorted(outcome.weights.items()):
+        digest.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return {"losses": [json.loads(line)["loss"] for line in lines], "weights": digest.hexdigest()}

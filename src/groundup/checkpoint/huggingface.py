@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
 from groundup.base.pickles import refuse_pickle
 from groundup.checkpoint.experts import stacked, unstacked
-from groundup.checkpoint.shard import is_finite
+from groundup.checkpoint.shard import is_finite, shard_head, tensor_pieces
 from groundup.checkpoint.weight_files import weight_files
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import (
@@ -148,28 +148,46 @@ def _window_fields(model_type: str, values: Mapping[str, Any], where: Path) -> d
 
 def save_model(
     folder: Path,
-    model: CausalLM,
-    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    weights: Iterable[tuple[str, Tensor]],
     tokenizer: TextTokenizer,
     *,
     eos_token_ids: list[int],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write config, weights and tokenizer into `folder`. `weights` are the full-precision tensors by name."""
+    """Write config, weights and tokenizer into `folder`. `weights` are the full-precision tensors by name, all of them, in any
+    order; each is let go of before the next one is taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        # a router's bias chooses experts by differences that a short dtype does not hold
-        name: tensor.detach().to(tensor.dtype if name.endswith(ROUTER_BIAS) else dtype).contiguous().clone()
-        for name, tensor in unstacked(model.config, weights).items()
-        if not (model.config.tie_word_embeddings and name == HEAD)
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_weights(folder / "model.safetensors", config, weights, dtype)
     pad = tokenizer.end_of_text_id
-    write_json(
-        folder / "config.json", config_json(model.config, dtype=dtype, eos_token_ids=eos_token_ids, pad_token_id=pad)
-    )
+    write_json(folder / "config.json", config_json(config, dtype=dtype, eos_token_ids=eos_token_ids, pad_token_id=pad))
     write_json(folder / "generation_config.json", {"eos_token_id": eos_token_ids, "pad_token_id": pad})
     copy_tokenizer(tokenizer.folder, folder, eos_token_id=eos_token_ids[0], tokenizer=tokenizer)
+
+
+def _write_weights(path: Path, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """A safetensors file whose tensors are put to their places as they come."""
+
+    def on_disk(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for place, part in unstacked(config, {name: tensor}).items():
+            # a router's bias chooses experts by differences that a short dtype does not hold
+            yield place, part.detach() if place.endswith(ROUTER_BIAS) else part.detach().to(dtype)
+
+    named = CausalLM.without_memory(config).named_parameters()
+    described = {place: part for name, tensor in named for place, part in on_disk(name, tensor)}
+    head, begins = shard_head(described, {"format": "pt"})
+    with path.open("wb") as file:
+        file.write(head)
+        for name, tensor in weights:
+            if config.tie_word_embeddings and name == HEAD:
+                continue
+            for place, part in on_disk(name, tensor):
+                assert described.pop(place).shape == part.shape, place
+                file.seek(begins[place])
+                file.writelines(tensor_pieces(part))
+                del part
+            del tensor  # before the next one is made
+    assert not described, f"no values for {sorted(described)}"
 
 
 def copy_tokenizer(source: Path, folder: Path, *, eos_token_id: int, tokenizer: TextTokenizer) -> None:

@@ -34,25 +34,41 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 64
 
 
-def shard_pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, without a copy of what is contiguous on the CPU. Raises KeyError for a dtype."""
+def shard_head(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file with its length, and where in the file each tensor begins, in the order in which they
+    lie. Of the tensors, which may be on the meta device, shape and dtype count. Raises KeyError for a dtype."""
     # wide dtypes first, so that each tensor begins at a multiple of its item size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    begins: dict[str, int] = {}
     end = 0
     for name in names:
         tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begins[name], end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begins[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-        if flat.numel():
-            data = flat.view(torch.uint8).numpy().data
-            for place in range(0, len(data), CHUNK_BYTES):
-                yield data[place : place + CHUNK_BYTES]
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}
+
+
+def shard_pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, without a copy of what is contiguous on the CPU. Raises KeyError for a dtype."""
+    head, begins = shard_head(tensors)
+    yield memoryview(head)
+    for name in begins:
+        yield from tensor_pieces(tensors[name])
+
+
+def tensor_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, without a copy of what is contiguous on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if flat.numel():
+        data = flat.view(torch.uint8).numpy().data
+        for place in range(0, len(data), CHUNK_BYTES):
+            yield data[place : place + CHUNK_BYTES]
 
 
 def header_bytes(head: bytes, file_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """What a rank holds of a model that is spread over a mesh: its local tensors, where they lie, who else holds the same."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,29 +105,43 @@ def norm_over_ranks(gradients: Iterable[tuple[Tensor, Holding]], mesh: Mesh, dev
     return total.sqrt()
 
 
-def whole_on_first(tensors: Mapping[str, Tensor], holdings: Mapping[str, Holding], mesh: Mesh) -> dict[str, Tensor]:
-    """Every tensor whole, in the first rank's memory; empty on the others. Pieces travel one at a time, over gloo."""
+def each_whole_on_first(
+    tensors: Mapping[str, Tensor], holdings: Mapping[str, Holding], mesh: Mesh
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name, one after the other, whole in the first rank's memory; nothing on the others, which go through
+    the same to send what they own. Beside its own part the first rank has the one tensor. Pieces travel over gloo."""
     mine = {
-        name: (holding.piece.whole, holding.piece.begin, holding.piece.shape, str(tensors[name].dtype))
+        name: (holding.piece, str(tensors[name].dtype).removeprefix("torch."))
         for name, holding in holdings.items()
-        if holding.owner == mesh.rank
+        if holding.owner == mesh.rank and 0 not in holding.piece.shape
     }
-    everyone: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]]] = [{}] * mesh.size
+    everyone: list[dict[str, tuple[Piece, str]]] = [{}] * mesh.size
     dist.all_gather_object(everyone, mine)
-    found: dict[str, Tensor] = {}
-    for rank, pieces in enumerate(everyone):
-        for name, (whole, begin, shape, dtype) in pieces.items():
-            if 0 in shape:
-                continue
-            if rank == mesh.rank:
-                part = tensors[name].detach().to("cpu").contiguous()
-                if rank:
-                    dist.send(part, 0)
-            elif mesh.rank == 0:
-                part = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-                dist.recv(part, rank)
-            if mesh.rank == 0:
-                if name not in found:
-                    found[name] = torch.empty(whole, dtype=part.dtype)
-                found[name][tuple(slice(at, at + size) for at, size in zip(begin, shape, strict=True))] = part
-    return found
+    for name in dict.fromkeys(name for own in everyone for name in own):
+        pieces = {rank: own[name] for rank, own in enumerate(everyone) if name in own}
+        if mesh.rank:
+            if mesh.rank in pieces:
+                dist.send(tensors[name].detach().to("cpu").contiguous(), 0)
+            continue
+        whole = _put_together(pieces, tensors[name].detach() if name in mine else None)
+        yield name, whole
+        del whole  # before the next one is made
+
+
+def _put_together(pieces: Mapping[int, tuple[Piece, str]], own: Tensor | None) -> Tensor:
+    """A tensor out of its pieces by rank, the first rank's and what the others send."""
+    piece, dtype = next(iter(pieces.values()))
+    if own is not None and piece.is_whole:
+        return own.to("cpu")
+    whole = torch.empty(piece.whole, dtype=getattr(torch, dtype))
+    for rank, (piece, _) in pieces.items():
+        place = whole[piece.slices]
+        if rank == 0 and own is not None:
+            place.copy_(own)
+        elif place.is_contiguous():
+            dist.recv(place, rank)
+        else:
+            part = torch.empty(piece.shape, dtype=whole.dtype)
+            dist.recv(part, rank)
+            place.copy_(part)
+    return whole

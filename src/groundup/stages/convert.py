@@ -60,7 +60,7 @@ def convert(source: Path, target: Path, tokenizer_folder: Path, log: Log) -> Pat
     load_weights(model, tensors, source)
     ends = [tokenizer.end_of_turn_id, tokenizer.end_of_text_id]
     with placed_whole(target) as folder_of_model:
-        save_model(folder_of_model, model, dict(model.named_parameters()), tokenizer, eos_token_ids=ends)
+        save_model(folder_of_model, model.config, model.named_parameters(), tokenizer, eos_token_ids=ends)
     padding = rows - tokenizer.vocab_size
     log.say(
         f"{values['model_type']}: {model.num_parameters():,} parameters, hidden {values['hidden_size']}, "

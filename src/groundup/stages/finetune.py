@@ -119,12 +119,13 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     work.log.say(describe_run(stage, training, trained, num_active, source.rows_per_epoch))
     outcome = training.run()
     if not work.world.is_first:
+        outcome.hand_over()
         return outcome.figures
     if adaptation is not None:
         adaptation.save(attempt.folder / "adapter", outcome.weights, base_hash=inputs["base"], template=template)
     else:
         folder, ends = attempt.folder / "model", [tokenizer.end_of_turn_id, tokenizer.end_of_text_id]
-        save_model(folder, model, outcome.weights, tokenizer, eos_token_ids=ends)
+        save_model(folder, model.config, outcome.each_weight(), tokenizer, eos_token_ids=ends)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     summary = {
         "num_parameters": num_parameters,

@@ -90,7 +90,8 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> dict[str, Any]:
         )
     eos_ids = read_eos_ids(base, tokenizer)
     first = tokenizer.end_of_turn_id
-    save_model(target, merged, weights, tokenizer, eos_token_ids=[first, *(i for i in eos_ids if i != first)])
+    ordered = [first, *(i for i in eos_ids if i != first)]
+    save_model(target, merged.config, weights.items(), tokenizer, eos_token_ids=ordered)
     copy_tokenizer(tokenizer_folder, target, eos_token_id=first, tokenizer=tokenizer)
     if (adapter / "chat_template.jinja").is_file():  # the one it was trained with
         shutil.copyfile(adapter / "chat_template.jinja", target / "chat_template.jinja")

@@ -113,7 +113,7 @@ def export_model(model: str, target: Path, dtype: str) -> Path:
     first = tokenizer.end_of_turn_id if "im_end" in str(tokenizer.config.get("eos_token")) else tokenizer.end_of_text_id
     ordered = [first, *(token for token in eos_ids if token != first)]
     with placed_whole(target) as folder:
-        save_model(folder, loaded, dict(loaded.named_parameters()), tokenizer, eos_token_ids=ordered, dtype=wanted)
+        save_model(folder, loaded.config, loaded.named_parameters(), tokenizer, eos_token_ids=ordered, dtype=wanted)
     return target
 
 

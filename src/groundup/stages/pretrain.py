@@ -102,8 +102,11 @@ def pretrain(work: Work) -> dict[str, Any]:
         work.log.say(f"  mixture of {describe_mixture(rows.train, training.resolved.total_steps * batch_rows)}")
     outcome = training.run()
     if not work.world.is_first:
+        outcome.hand_over()
         return outcome.figures
-    save_model(attempt.folder / "model", model, outcome.weights, tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
+    save_model(
+        attempt.folder / "model", shape, outcome.each_weight(), tokenizer, eos_token_ids=[tokenizer.end_of_text_id]
+    )
     summary = {
         "num_parameters": num_parameters,
         **outcome.figures,

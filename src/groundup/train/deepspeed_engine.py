@@ -15,7 +15,7 @@ from groundup.model.causal_lm import CausalLM
 from groundup.model.loss import LossSums
 from groundup.model.segments import Segments
 from groundup.optim.groups import parameter_groups, set_lr
-from groundup.parallel.shards import Holding, whole_on_first
+from groundup.parallel.shards import Holding
 from groundup.parallel.zero import Fragment, ZeroParts, cpu_adam, load_deepspeed, quiet_deepspeed
 from groundup.parallel.zero_settings import offloads_optimizer, zero_settings
 from groundup.train.engine import StepSums
@@ -186,15 +186,15 @@ class DeepSpeedEngine(SpreadEngine):
     def reading(self) -> Iterator[CausalLM | None]:
         """Under ZeRO-3 the first rank gets a whole copy; else the model stands whole on every rank."""
         if self._stage == 3:
-            weights = self.gathered_weights()
-            yield self._copy_of(weights) if weights else None
+            yield self._copy_on_first()
             return
         with self.with_final_weights():
             yield self.model
 
-    def gathered_weights(self) -> dict[str, Tensor]:
-        found = whole_on_first(self.final_weights, self.holdings, self.world.mesh)
-        return {name: weight.view(self.fragments[name].shape) for name, weight in found.items()}
+    def each_final_weight(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in super().each_final_weight():
+            yield name, weight.view(self.fragments[name].shape)
+            del weight  # before the next one is made
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         found = {"model": self.weights, "optimizer": dict(self._optimizer_state())}

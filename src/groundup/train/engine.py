@@ -435,9 +435,10 @@ class TorchEngine:
         """What the run gives back: the averages of the weights where they are kept, else the weights."""
         return self.weights if self.average is None else self.weights | self.average.tensors
 
-    def gathered_weights(self) -> dict[str, Tensor]:
-        """`final_weights`, whole, on the first rank at least. Collective."""
-        return self.final_weights
+    def each_final_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """`final_weights`, one after the other, each whole on the first rank at least; the others may be given none.
+        Collective: each rank goes through all."""
+        yield from self.final_weights.items()
 
     def owns(self, name: str) -> bool:
         """Whether this rank counts and saves its part of a weight."""

@@ -1,6 +1,7 @@
 """What a training run is given by its stage, and what it gives back."""
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,17 @@ class TrainingJob:
 class TrainingOutcome:
     """The end of a run."""
 
-    weights: dict[str, Tensor]
-    """Trained tensors by name, fp32."""
+    each_weight: Callable[[], Iterator[tuple[str, Tensor]]]
+    """Trained tensors by name, fp32, one after the other, each whole on the first rank, which need not have room for all.
+    Collective: each rank goes through them as often as the first one does."""
     resolved: Resolved
     figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All of them at once. Collective."""
+        return dict(self.each_weight())
+
+    def hand_over(self) -> None:
+        """What the other ranks do while the first one takes the weights."""
+        deque(self.each_weight(), maxlen=0)

@@ -202,7 +202,7 @@ class TrainingRun:
             num_ranks=self.world.size,
             loss_scale=self.engine.loss_scale,
         )
-        return TrainingOutcome(self.engine.gathered_weights(), self.resolved, figures)
+        return TrainingOutcome(self.engine.each_final_weight, self.resolved, figures)
 
     def _most_checkpoints(self) -> int:
         return most_checkpoints(

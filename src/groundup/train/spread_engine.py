@@ -19,11 +19,11 @@ from groundup.parallel.sharding import reshard, sums_now, unsharded
 from groundup.parallel.shards import (
     Holding,
     SpreadMatrices,
+    each_whole_on_first,
     holding_of,
     local,
     local_gradient,
     norm_over_ranks,
-    whole_on_first,
 )
 from groundup.train.engine import TorchEngine
 
@@ -149,22 +149,23 @@ class SpreadEngine(TorchEngine):
         """Shards are gathered for as long as it takes, and all ranks read alike; of a model that is cut otherwise the first
         rank gets a whole copy."""
         if any(self.world.mesh.has(dim) for dim in ("tensor", "pipeline", "expert")):
-            weights = self.gathered_weights()
-            yield self._copy_of(weights) if weights else None
+            yield self._copy_on_first()
         else:
             with self.with_final_weights(), unsharded(self.model, self.world.parallel):
                 yield self.model
 
-    def _copy_of(self, weights: Mapping[str, Tensor]) -> CausalLM:
-        copy = CausalLM(self.model.config)
-        named = dict(copy.named_parameters())
+    def _copy_on_first(self) -> CausalLM | None:
+        """The whole model in the first rank's memory. Collective."""
+        copy = CausalLM(self.model.config) if self.world.is_first else None
+        named = {} if copy is None else dict(copy.named_parameters())
         with torch.no_grad():
-            for name, weight in weights.items():
+            for name, weight in self.each_final_weight():
                 named[name].copy_(weight)
-        return copy.eval()
+                del weight  # before the next one is made
+        return None if copy is None else copy.eval()
 
-    def gathered_weights(self) -> dict[str, Tensor]:
-        return whole_on_first(self.final_weights, self.holdings, self.world.mesh)
+    def each_final_weight(self) -> Iterator[tuple[str, Tensor]]:
+        return each_whole_on_first(self.final_weights, self.holdings, self.world.mesh)
 
     def owns(self, name: str) -> bool:
         return self.holdings[name].owner == self.world.rank

@@ -95,4 +95,4 @@ def _export(model: CausalLM, folder: Path) -> None:
     """A model directory, with a tokenizer of bytes."""
     save_tokenizer(train_bpe([], TokenizerConfig()), folder / "tokenizer", chat_template=BUILT_IN_TEMPLATE)
     tokenizer = TextTokenizer(folder / "tokenizer")
-    save_model(folder, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
+    save_model(folder, model.config, model.named_parameters(), tokenizer, eos_token_ids=[tokenizer.end_of_text_id])
