@@ -49,6 +49,13 @@ def on_zero_ranks(tmp_path_factory):
         yield ranks.run
 
 
+@pytest.fixture(scope="module")
+def on_four_zero_ranks(tmp_path_factory):
+    """As `on_zero_ranks`, on four."""
+    with RankGroup(tmp_path_factory.mktemp("ranks") / "meet", 4) as ranks:
+        yield ranks.run
+
+
 def zero(stage, **more):
     return {"engine": "deepspeed", "shard": SHARDS[stage], "data_shard": 2} | more
 
@@ -232,6 +239,32 @@ def test_without_the_library_a_proof_is_passed_over(on_zero_ranks):
 def test_two_ranks_are_one_process(on_zero_ranks, case):
     result = judge(case, on_zero_ranks, shape_of(DENSE))
     assert result.verdict == "PASS" and case.name.startswith("deepspeed zero"), result.line()
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"optimizer": "adamw"}, {"dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("stage", SHARDS)
+def test_four_ranks_are_one_process(on_four_zero_ranks, stage, more):
+    """97 ids: what four do not divide is filled up."""
+    result = judge(Case(zero(stage, data_shard=4), **more), on_four_zero_ranks, shape_of(DENSE | {"vocab_size": 97}))
+    assert result.verdict == "PASS", result.line()
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", SHARDS)
+def test_four_ranks_share_experts(on_four_zero_ranks, stage):
+    result = judge(Case(zero(stage, data_shard=4)), on_four_zero_ranks, shape_of(EXPERTS))
+    assert result.verdict == "PASS", result.line()
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_fault_of_four_ranks_is_seen(on_four_zero_ranks):
+    run = lambda _, name, *arguments: on_four_zero_ranks(WORK, "averages", *arguments)  # noqa: E731
+    result = judge(Case(zero(2, data_shard=4)), run, shape_of(DENSE))
+    assert result.verdict == "FAIL" and '"norm": 0.75' in result.reason, result.line()
 
 
 @needs_deepspeed

@@ -43,7 +43,7 @@ def _written(world, shape, parallel, folder, tokenizer, way):
     if not world.mesh.zero_stage:
         fill(model, weights, world.mesh, device="cpu")
     options = {"dtype": torch.float32, "device": "cpu", "micro_batch_rows": 2, "world": world}
-    engine = engine_of(world)(model, OptimConfig(), **options)
+    engine = engine_of(world)(model, OptimConfig(optimizer="adamw"), **options)
     with HeldBytes() as held:
         if world.is_first:
             each = way(engine.each_final_weight())
