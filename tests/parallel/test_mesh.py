@@ -40,9 +40,11 @@ def test_the_rest_of_the_ranks_goes_where_it_is_asked_for():
 @pytest.mark.parametrize(
     ("asked", "ranks", "says", "nearest"),
     [
-        ({"tensor": 3}, 8, "tensor 3 make 3 ranks or a multiple, and there are 8", "data_replicate: 8}"),
-        ({"data_replicate": 3, "tensor": 2}, 4, "make 6 ranks, and there are 4", "{tensor: 2, data_replicate: 2}"),
-        ({"pipeline": 4, "tensor": 4}, 8, "make 16 ranks", "{tensor: 4, pipeline: 2, data_replicate: 1}"),
+        ({"tensor": 3}, 8, "tensor 3 is 3 ranks or a multiple, and there are 8", "data_replicate: 8}"),
+        ({"data_shard": 3}, 4, "data_shard 3 is 3 ranks", "or set {data_shard: 2, data_replicate: 2}"),
+        ({"data_shard": 12}, 8, "data_shard 12 is 12 ranks", "or set {data_shard: 8, data_replicate: 1}"),
+        ({"data_replicate": 3, "tensor": 2}, 4, "is 6 ranks, and there are 4", "{tensor: 2, data_replicate: 2}"),
+        ({"pipeline": 4, "tensor": 4}, 8, "is 16 ranks", "{tensor: 4, pipeline: 2, data_replicate: 1}"),
     ],
 )
 def test_a_split_that_does_not_make_the_ranks_is_refused(asked, ranks, says, nearest):
@@ -61,7 +63,12 @@ def test_degrees_that_mean_nothing_are_refused(bad):
     ("degrees", "changes", "says", "then"),
     [
         ({"tensor": 3}, {}, "num_attention_heads=4 is no multiple", "parallel.tensor: 2"),
-        ({"tensor": 4}, {}, "num_key_value_heads=2 is no multiple", "parallel.tensor: 2"),
+        (
+            {"tensor": 4, "data_replicate": 3},
+            {},
+            "num_key_value_heads=2 is no multiple",
+            "parallel.tensor: 2, for as many ranks with data_replicate: 6",
+        ),
         ({"tensor": 2}, {"vocab_size": 97}, "vocab_size=97 is no multiple", "parallel.tensor: 1"),
         ({"expert": 2}, {}, "no experts", "leave parallel.expert out"),
         ({"pipeline": 3}, {}, "there are 2 layers", "2 or fewer"),

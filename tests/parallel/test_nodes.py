@@ -49,7 +49,7 @@ def test_the_recipe_says_how_many_and_the_rest_is_resolved(recipe):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_local": 3, "tensor": 2}, "E-CONFIG-MESH: tensor 2 make 2 ranks or a multiple, and there are 3"),
+        ({"num_local": 3, "tensor": 2}, "E-CONFIG-MESH: tensor 2 is 2 ranks or a multiple, and there are 3"),
         ({"num_local": 4, "tensor": 4}, "num_attention_heads=2 is no multiple"),
         ({"num_nodes": 2}, "give --nproc N"),
         ({"num_nodes": 3, "data_replicate": 1, "data_shard": 8}, "give --nproc N"),

@@ -111,7 +111,7 @@ def test_the_mesh_runs_small_and_all_is_said(recipe, capsys):
     [
         (["--world", "4"], "--world and --memory belong to --rehearse"),
         (["--rehearse", "--world", "4", "--nproc", "2"], "--world is --nproc times --nnodes"),
-        (["--rehearse", "--world", "3"], "E-CONFIG-MESH: data_shard 2 make 2 ranks, and there are 3"),
+        (["--rehearse", "--world", "3"], "E-CONFIG-MESH: data_shard 2 is 2 ranks, and there are 3"),
         (
             ["--rehearse", "--world", "2", "--parallel.tensor", "2", "--parallel.data_shard", "1"],
             "adapters are trained on whole",

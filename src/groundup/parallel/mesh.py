@@ -139,23 +139,25 @@ def degrees_of(config: ParallelConfig, num_ranks: int) -> dict[Dim, int]:
                 f"set parallel.data_shard: {num_ranks}",
             )
         return found
-    asked = ", ".join(f"{dim} {degree}" for dim, degree in degrees.items() if degree > 1) or "no degree"
+    asked = " × ".join(f"{dim} {degree}" for dim, degree in degrees.items() if degree > 1) or "no degree"
     nearest = _nearest(degrees, num_ranks)
     raise ConfigError(
         "E-CONFIG-MESH",
-        what=f"{asked} make {fixed} ranks{' or a multiple' if rest else ''}, and there are {num_ranks}",
+        what=f"{asked} is {fixed} ranks{' or a multiple' if rest else ''}, and there are {num_ranks}",
         where="parallel",
         next=f"start {fixed} ranks, or set {{{', '.join(f'{dim}: {degree}' for dim, degree in nearest.items())}}}",
     )
 
 
 def _nearest(degrees: Mapping[Dim, int], num_ranks: int) -> dict[Dim, int]:
-    """Every degree lowered to what still divides the ranks, from the innermost outwards; the rest is data."""
+    """Every degree lowered to what still divides the ranks, from the innermost outwards; the rest is data. What divides a model
+    or a row is lowered to a divisor, which does so too."""
     found: dict[Dim, int] = {}
     left = num_ranks
     for dim in reversed(DIMS):
         if dim != "data_replicate" and degrees[dim] > 1:
-            found[dim] = gcd(degrees[dim], left)
+            most = degrees[dim] if dim in ("data_shard", "pipeline") else gcd(degrees[dim], left)
+            found[dim] = max(degree for degree in range(1, most + 1) if left % degree == 0)
             left //= found[dim]
     return {dim: degree for dim, degree in found.items() if degree > 1} | {"data_replicate": left}
 
@@ -179,7 +181,11 @@ def check_mesh(degrees: Mapping[Dim, int], shape: ModelConfig, *, row_length: in
     for dim, name, size in divided:
         if size % degrees[dim]:
             nearest = max(degree for degree in range(1, degrees[dim]) if size % degree == 0)
-            raise _cannot(dim, degrees[dim], f"{name}={size} is no multiple", f"set parallel.{dim}: {nearest}")
+            beside, left = divmod(degrees["data_replicate"] * degrees[dim], nearest)
+            then = f"set parallel.{dim}: {nearest}"
+            if not left:
+                then += f", for as many ranks with data_replicate: {beside}"
+            raise _cannot(dim, degrees[dim], f"{name}={size} is no multiple", then)
     if degrees["pipeline"] > shape.num_hidden_layers:
         raise _cannot(
             "pipeline",

@@ -23,6 +23,10 @@ def sbatch_script(name: str, arguments: Sequence[str], *, num_nodes: int, ranks_
         where += f' --nnodes {num_nodes} --node-rank "$SLURM_NODEID" --rdzv-endpoint "$HEAD:$PORT"'
     started = f"exec groundup launch {shlex.join([recipe, '--command', command, *settings])} {where}"
     gpus = [f"#SBATCH --gpus-per-node={ranks_per_node}"] if has_gpus else []
+    meeting = [
+        'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f"export PORT=$(({PORT} + SLURM_JOB_ID % 1000))",
+    ]
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={name}",
@@ -33,8 +37,7 @@ def sbatch_script(name: str, arguments: Sequence[str], *, num_nodes: int, ranks_
         f"#SBATCH --signal=TERM@{SECONDS_TO_SAVE}",
         "#SBATCH --requeue",
         "",
-        'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        f"export PORT=$(({PORT} + SLURM_JOB_ID % 1000))",
+        *(meeting if num_nodes > 1 else []),
         f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(started)}",
     ]
     return "\n".join(lines) + "\n"
