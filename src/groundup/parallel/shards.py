@@ -144,4 +144,5 @@ def _put_together(pieces: Mapping[int, tuple[Piece, str]], own: Tensor | None) -
             part = torch.empty(piece.shape, dtype=whole.dtype)
             dist.recv(part, rank)
             place.copy_(part)
+            del part  # before the next one is made
     return whole
