@@ -82,12 +82,12 @@ def test_on_a_base_without_memory_it_is_the_one_of_a_whole_base(make_model, mode
         ({"init_lora_weights": "gaussian"}, False),
         ({"init_lora_weights": "orthogonal"}, True),
         ({"init_lora_weights": "pissa"}, True),
-        ({"use_dora": True}, True),
-        ({"adapter": "qlora"}, True),
-        ({"train_tokens": ("<|im_end|>",)}, True),
+        ({"use_dora": True}, False),
+        ({"adapter": "qlora"}, False),
+        ({"train_tokens": ("<|im_end|>",)}, False),
     ],
 )
-def test_what_is_made_out_of_the_base_needs_it_whole(section, is_needed):
+def test_a_start_in_the_weight_needs_the_base_whole(section, is_needed):
     assert AdapterConfig(**{"adapter": "lora"} | section).needs_whole_base is is_needed
 
 

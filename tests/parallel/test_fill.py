@@ -84,7 +84,20 @@ def test_a_model_that_is_built_whole_is_seen(on_two_ranks):
 
 @pytest.mark.parametrize("shape", [DENSE, UNTIED], ids=["tied", "untied"])
 def test_two_ranks_read_their_part_of_an_adapters_base(on_two_ranks, shape, tmp_path):
-    check(on_two_ranks, (shape, {"data_shard": 2}), "read", str(tmp_path), 2)
+    check(on_two_ranks, (shape, {"data_shard": 2}), "read", str(tmp_path), {})
+
+
+@pytest.mark.parametrize("shape", [DENSE, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("more", [({"use_dora": True},), ({}, (3, 41))], ids=["dora", "tokens"])
+def test_two_ranks_make_an_adapter_out_of_their_base(on_two_ranks, shape, more, tmp_path):
+    check(on_two_ranks, (shape, {"data_shard": 2}), "read", str(tmp_path), *more)
+
+
+def test_two_ranks_pack_a_base_matrix_by_matrix(on_two_ranks, tmp_path):
+    """How much of it is there at a time: `tests/adapters/test_out_of_a_base.py`."""
+    answers = on_two_ranks(WORK, "read", shape_of(DENSE | WIDE), {"data_shard": 2}, str(tmp_path), {"adapter": "qlora"})
+    for answer in answers:
+        assert answer["value"]["differ"] == [] and answer["value"]["trained"]
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=str)

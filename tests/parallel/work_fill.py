@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from groundup.adapters.config import AdapterConfig
 from groundup.adapters.lora import for_wrapped, inject_lora
+from groundup.adapters.quantised import quantise_linears
 from groundup.checkpoint.experts import unstacked
 from groundup.checkpoint.weight_slices import FolderWeights
 from groundup.model.causal_lm import CausalLM
@@ -38,9 +39,9 @@ def drawn(world, shape, parallel, dtype="float32"):
     return _made(world, shape, parallel, make)
 
 
-def read(world, shape, parallel, folder, rank=0, dtype="float32"):
+def read(world, shape, parallel, folder, adapter=None, token_ids=(), dtype="float32"):
     """From the meta device, the same weights read in slices out of a model directory that the first rank writes; under an
-    adapter of that rank, if it is not 0."""
+    adapter, if there is a section of one."""
     config = ModelConfig(**shape)
     if world.is_first:
         whole = CausalLM(config)
@@ -49,19 +50,25 @@ def read(world, shape, parallel, folder, rank=0, dtype="float32"):
         on_disk = {name: tensor.contiguous() for name, tensor in unstacked(config, tensors).items()}
         save_file(on_disk, Path(folder) / "model.safetensors")
     world.barrier()
-    adapter = AdapterConfig(adapter="lora", lora_rank=rank) if rank else None
+    adapter = AdapterConfig(**{"adapter": "lora", "lora_rank": 2} | adapter) if adapter is not None else None
 
     def make(config):
         model = CausalLM.without_memory(config)
         weights = FolderWeights(Path(folder), model)
         if adapter is not None:
-            inject_lora(model, adapter, seed=1)
+            _adapt(model, adapter, token_ids, weights)
             weights = for_wrapped(weights)
         _cut(model, world, dtype)
         fill(model, weights, world.mesh, device="cpu")
         return model
 
-    return _made(world, shape, parallel, make, adapter)
+    return _made(world, shape, parallel, make, adapter, token_ids)
+
+
+def _adapt(model, adapter, token_ids, base=None):
+    if adapter.adapter == "qlora":
+        quantise_linears(model, adapter.nf4_maker, base)
+    inject_lora(model, adapter, seed=1, token_ids=token_ids, base=base)
 
 
 def engine_made(world, shape, parallel):
@@ -97,7 +104,7 @@ def _cut(model, world, dtype):
     apply(model, recompute="none", compiles=False, world=world, dtype=getattr(torch, dtype))
 
 
-def _made(world, shape, parallel, make, adapter=None):
+def _made(world, shape, parallel, make, adapter=None, token_ids=()):
     config = ModelConfig(**shape)
     world.spread(ParallelConfig(**parallel))
     _cut(CausalLM.without_memory(config), world, "float32")  # groups are made, and what torch keeps of them
@@ -106,14 +113,14 @@ def _made(world, shape, parallel, make, adapter=None):
     whole = CausalLM(config)
     whole.initialize(torch.Generator().manual_seed(SEED))
     if adapter is not None:
-        inject_lora(whole, adapter, seed=1)
+        _adapt(whole, adapter, token_ids)
     expected = dict(whole.named_parameters())
     pieces = {name: holding_of(weight, world.mesh).piece for name, weight in model.named_parameters()}
     return {
         "differ": [
             name
             for name, weight in model.named_parameters()
-            if not torch.equal(local(weight.detach()), expected[name].detach()[pieces[name].slices])
+            if not torch.equal(_plain(local(weight.detach())), _plain(expected[name].detach())[pieces[name].slices])
         ],
         "names": sorted(pieces),
         "trained": all(
@@ -129,6 +136,10 @@ def _made(world, shape, parallel, make, adapter=None):
 def _spread(world):
     mesh = world.mesh
     return Spread.of(mesh.degrees, world.parallel, place=mesh.coordinates["pipeline"])
+
+
+def _plain(tensor):
+    return tensor.get_original_weight() if hasattr(tensor, "get_original_weight") else tensor
 
 
 def _bytes(tensor):

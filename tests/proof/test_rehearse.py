@@ -83,7 +83,8 @@ def test_seventy_billion_on_1024_ranks_is_planned_in_a_minute(recipe, monkeypatc
         ("pretrain", [], {}, "the largest tensor, whole"),
         ("pretrain", [], {"engine": "deepspeed"}, "the model, whole"),
         ("sft", [], {}, None),
-        ("sft", [("sft.use_dora", "true")], {}, "the model, whole"),
+        ("sft", [("sft.use_dora", "true")], {}, "the largest matrix of the base, and what is made of it"),
+        ("sft", [("sft.init_lora_weights", "pissa")], {}, "the model, whole"),
         ("sft", [], {"engine": "deepspeed", "shard": "gradients"}, "the model, whole"),
     ],
 )

@@ -1,7 +1,10 @@
 """Adapters through the stages: trained, merged, gone on from, and refused on what they were not made for."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +78,33 @@ def test_qlora_trains_on_4_bits_and_merges_into_the_full_base(lora, way, maker):
     assert torch.linalg.matrix_rank(difference, atol=1e-5) == 2, "what was learned, not the error of 4 bits"
     checkpoints = list((run / "lora" / "checkpoints").rglob("model*.safetensors"))
     assert checkpoints and all(".lora_" in name for path in checkpoints for name in load_file(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--lora.adapter", "qlora"),
+        ("--lora.use_dora", "true"),
+        ("--lora.train_tokens", "['<|im_end|>', '<|im_start|>']"),
+    ],
+    ids=["qlora", "dora", "tokens"],
+)
+def test_made_out_of_slices_of_a_base_two_ranks_end_as_one_process(lora, way, tmp_path, settings):
+    settings = ("--lora.precision", "fp32", *settings)
+    alone, _ = lora(*settings, name="alone", merges=False)
+    recipe = tmp_path / "alone.yaml"
+    command = [sys.executable, "-P", "-m", "groundup", "lora", recipe, "--runs-dir", tmp_path / "two", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--parallel.data_shard", "2"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and ", 2 ranks" in done.stdout, done.stderr
+    shared = tmp_path / "two" / "alone"
+    losses = [[json.loads(line)["loss"] for line in (run / "lora" / "metrics.jsonl").open()] for run in (alone, shared)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    one, other = (load_file(run / "lora" / "adapter" / "adapter_model.safetensors") for run in (alone, shared))
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_the_template_of_the_training_is_the_one_of_the_merged_model(lora, way, tmp_path):

@@ -46,9 +46,8 @@ class AdapterConfig(Config):
 
     @property
     def needs_whole_base(self) -> bool:
-        """Whether what is put onto a base is made out of its values: 4 bits, lengths of rows, a start in the weight, rows of tokens."""
-        start = self.init_lora_weights not in ("default", "gaussian")
-        return self.adapter == "qlora" or self.use_dora or start or bool(self.train_tokens)
+        """Whether the base's own values are others under the adapter: a start in the weight is taken out of it."""
+        return self.init_lora_weights not in ("default", "gaussian")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

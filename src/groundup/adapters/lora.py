@@ -41,11 +41,19 @@ def peft_config(config: AdapterConfig, targets: Sequence[str], token_ids: Sequen
     return LoraConfig(**(values | rows | changes))
 
 
-def inject_lora(model: nn.Module, config: AdapterConfig, *, seed: int, token_ids: Sequence[int] = ()) -> list[str]:
+def inject_lora(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    token_ids: Sequence[int] = (),
+    base: Weights | None = None,
+) -> list[str]:
     """Put adapters onto the linears that `lora_targets` mean; everything else is frozen, but the rows of `token_ids`.
 
-    A base on the meta device stays there, what is added has its values; not where those come from the base
-    (`AdapterConfig.needs_whole_base`). Returns the adapted names. Raises ConfigError if a target means no layer.
+    A base on the meta device stays there, what is added has its values; where those are made out of the base's, `base` gives
+    one of its tensors at a time. Not of a base that changes itself (`AdapterConfig.needs_whole_base`). Returns the adapted
+    names. Raises ConfigError if a target means no layer.
     """
     with quiet_imports():
         from peft import inject_adapter_in_model
@@ -54,11 +62,31 @@ def inject_lora(model: nn.Module, config: AdapterConfig, *, seed: int, token_ids
     torch.manual_seed(seed)
     with _zeros_without_memory(model):
         inject_adapter_in_model(peft_config(config, targets), model, adapter_name=ADAPTER)
+    if config.use_dora:
+        _measure_rows(model, base)
     if token_ids:
-        train_rows(model, token_ids)
+        train_rows(model, token_ids, base)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(MARK in name)
     return targets
+
+
+@torch.no_grad()
+def _measure_rows(model: nn.Module, base: Weights | None) -> None:
+    """DoRA begins with the lengths of a weight's rows: those of weights that peft saw as zeros."""
+    layers = {f"{name}.base_layer.weight": layer for name, layer in lora_layers(model)}
+    parameters = dict(model.named_parameters())  # what is packed is none
+    pieces = {
+        name: Piece.of_whole(tuple(parameters[name].shape))
+        for name in layers
+        if name in parameters and parameters[name].is_meta
+    }
+    if not pieces:
+        return
+    assert base is not None, "what is made out of the base needs its values"
+    for name, weight in for_wrapped(base)(pieces):
+        layers[name].lora_magnitude_vector[ADAPTER].weight.copy_(torch.linalg.norm(weight.float(), dim=1))
+        del weight  # before the next one is made
 
 
 @contextmanager

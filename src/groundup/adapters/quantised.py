@@ -4,9 +4,9 @@ Every 64 weights share a scale, and the scales are themselves in 8 bits (Dettmer
 weight is unpacked in each forward and again in each backward pass: no full copy of it is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from groundup.adapters.targets import block_linears
 from groundup.base.errors import ConfigError
 from groundup.base.machine import quiet_imports
+from groundup.base.piece import Piece, Weights
 
 NF4Maker = Literal["torchao", "bitsandbytes"]
 BLOCK = 64
@@ -69,14 +70,16 @@ class PackedLinear(nn.Linear):
 class TorchaoLinear(PackedLinear):
     """Packed by torchao: the weight is a parameter, so that `fully_shard` can shard it."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, weight: Tensor | None = None) -> None:
+        """`weight` has the values where the layer itself has none."""
         with quiet_imports():  # seconds
             from torchao.quantization import to_nf4
 
         super().__init__(linear)
-        size = scaler_block_size(linear.weight.numel())
+        weight = linear.weight.detach() if weight is None else weight
+        size = scaler_block_size(weight.numel())
         assert size is not None
-        packed = to_nf4(linear.weight.detach().contiguous(), BLOCK, size)
+        packed = to_nf4(weight.contiguous(), BLOCK, size)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,14 +113,16 @@ class BitsandbytesLinear(PackedLinear):
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, weight: Tensor | None = None) -> None:
+        """As `TorchaoLinear`."""
         with quiet_imports():
             from bitsandbytes.functional import quantize_4bit  # an extra
 
         super().__init__(linear)
+        weight = linear.weight.detach() if weight is None else weight
         # flat: with AVX512 it unpacks a matrix wrongly whose rows do not end with a block
         packed, self._state = quantize_4bit(
-            linear.weight.detach().flatten(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            weight.flatten(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.register_buffer("packed", packed, persistent=False)
 
@@ -139,7 +144,10 @@ class BitsandbytesLinear(PackedLinear):
         return sum(part.numel() * part.element_size() for part in (self.packed, *scales))
 
 
-MAKERS: dict[NF4Maker, type[PackedLinear]] = {"torchao": TorchaoLinear, "bitsandbytes": BitsandbytesLinear}
+MAKERS: dict[NF4Maker, type[TorchaoLinear] | type[BitsandbytesLinear]] = {
+    "torchao": TorchaoLinear,
+    "bitsandbytes": BitsandbytesLinear,
+}
 
 
 @dataclass
@@ -170,22 +178,25 @@ class Quantisation:
         return text
 
 
-def quantise_linears(model: nn.Module, maker: NF4Maker) -> Quantisation:
-    """Pack every linear layer of the blocks and freeze it, in place.
+def quantise_linears(model: nn.Module, maker: NF4Maker, base: Weights | None = None) -> Quantisation:
+    """Pack every linear layer of the blocks and freeze it, in place; of a model on the meta device `base` gives each weight,
+    and no two exist at once.
 
     Raises ConfigError if the maker is not installed or no layer can be packed.
     """
     if maker == "bitsandbytes":
         _need_bitsandbytes()
     account = Quantisation()
-    for name in block_linears(model):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+    linears = {f"{name}.weight": cast(nn.Linear, model.get_submodule(name)) for name in block_linears(model)}
+    for key, linear in list(linears.items()):
         if maker == "torchao" and scaler_block_size(linear.weight.numel()) is None:
-            account.left.append(name)
-            continue
-        packed = MAKERS[maker](linear)
-        model.set_submodule(name, packed)
+            account.left.append(key.removesuffix(".weight"))
+            del linears[key]
+    for key, weight in _values(linears, base):
+        linear = linears.pop(key)
+        packed = MAKERS[maker](linear, weight)
+        del weight  # before the next one is made
+        model.set_submodule(key.removesuffix(".weight"), packed)
         account.num_packed += linear.in_features * linear.out_features
         account.packed_bytes += packed.packed_bytes()
     if not account.num_packed:
@@ -198,6 +209,16 @@ def quantise_linears(model: nn.Module, maker: NF4Maker) -> Quantisation:
     account.num_others = sum(p.numel() for p in others)
     account.other_bytes = sum(p.numel() * p.element_size() for p in others)
     return account
+
+
+def _values(linears: Mapping[str, nn.Linear], base: Weights | None) -> Iterator[tuple[str, Tensor]]:
+    if base is None:
+        yield from ((key, linear.weight.detach()) for key, linear in list(linears.items()))
+        return
+    pieces = {key: Piece.of_whole(tuple(linear.weight.shape)) for key, linear in linears.items()}
+    for key, weight in base(pieces):
+        yield key, weight.float()
+        del weight
 
 
 def _is_packed(model: nn.Module, parameter: str) -> bool:

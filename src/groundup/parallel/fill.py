@@ -2,7 +2,7 @@
 its own part of each parameter, and no rank the whole model."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundup.base.piece import Piece, Weights
 from groundup.model.causal_lm import CausalLM
@@ -17,10 +17,16 @@ def fill(model: CausalLM, weights: Weights, mesh: Mesh, *, device: str) -> None:
     """
     assert not any(buffer.is_meta for buffer in model.buffers()), "nobody would give a buffer its values"
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, name))
     model._apply(  # type: ignore[no-untyped-call]
         lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
     )
-    model.tie_weights()
+    for (first, name), *others in places.values():  # what was one parameter is one
+        for module, key in others:
+            module.register_parameter(key, first.get_parameter(name))
     parameters = dict(model.named_parameters())
     pieces = {name: Piece.of_whole(tuple(parameters[name].shape)) for name in empty}
     targets: dict[str, Tensor] = {name: parameters[name] for name in empty}

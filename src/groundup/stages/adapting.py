@@ -15,6 +15,7 @@ from groundup.adapters.quantised import quantise_linears
 from groundup.adapters.targets import choose_targets
 from groundup.base.errors import CheckpointError, ConfigError
 from groundup.base.files import write_json
+from groundup.base.piece import Weights
 from groundup.base.seeding import derive_seed
 from groundup.checkpoint.huggingface import copy_tokenizer, read_model_config
 from groundup.model.causal_lm import CausalLM
@@ -119,8 +120,10 @@ def adapt(
     folder: Path,
     tokenizer: TextTokenizer,
     inputs: Mapping[str, str],
+    base: Weights | None,
 ) -> Adaptation | None:
-    """Put the section's adapter onto a model, in place; None where every weight is trained.
+    """Put the section's adapter onto a model, in place; None where every weight is trained. `base` gives what is made out of a
+    base on the meta device its values.
 
     Raises ConfigError for an adapter that fits no layer, and for a first one of another tokenizer; CheckpointError for one
     of another base.
@@ -130,7 +133,7 @@ def adapt(
     figures: dict[str, float] = {}
     if config.adapter == "qlora":
         choose_targets(model, config.lora_targets)
-        account = quantise_linears(model, config.nf4_maker)
+        account = quantise_linears(model, config.nf4_maker, base)
         work.log.say(f"{stage}  {account.words()}")
         figures = {
             "quantised_parameters": account.num_packed,
@@ -143,7 +146,8 @@ def adapt(
     vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     token_ids = [vocabulary[token] for token in config.train_tokens]
     weights = weights_of_targets(model, config) if config.is_pissa else {}
-    inject_lora(model, config, seed=derive_seed(work.recipe.seed, stage, "adapter"), token_ids=sorted(token_ids))
+    seed = derive_seed(work.recipe.seed, stage, "adapter")
+    inject_lora(model, config, seed=seed, token_ids=sorted(token_ids), base=base)
     start = None
     if config.is_pissa:
         start = PissaStart(model, weights, folder / START_FILE, writes=work.world.is_first)

@@ -82,7 +82,7 @@ def finetune(work: Work, stage: FinetuneStage) -> dict[str, Any]:
     audit = make_audit(work, stage, config, room, encoder, data.validation, eos_ids)
     if audit is not None and audit.texts:
         audit.measure_base(model if weights is None else load_model(base), work.log)
-    adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs)
+    adaptation = adapt(work, stage, config, model, attempt.folder, tokenizer, inputs, weights)
     work.log.say(
         f"{stage}  {data.ledger['train']:,} chats to train on, {data.ledger['validation']:,} held out, "
         f"{len(data.bad_rows):,} quarantined, {sum(data.ledger['left_out'].values()):,} left out; "

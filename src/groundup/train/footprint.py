@@ -15,6 +15,7 @@ from groundup.optim.groups import group_of, kind_of
 from groundup.optim.state import state_bytes
 from groundup.parallel.cut import Spread, shard_shape
 from groundup.train.spread_footprint import (
+    NF4_BYTES,
     gathered_numbers,
     held_shapes,
     in_flight,
@@ -24,14 +25,13 @@ from groundup.train.spread_footprint import (
     local_model,
     num_micro_batches,
     numbers_at_start,
+    packed_shapes,
 )
 from groundup.train.weight_shapes import Shape, Sizes, adapted, block_shapes, parameter_shapes, trained_shapes
 from groundup.train.zero_footprint import zero_bytes
 
 FP32, INT64 = 4, 8
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
-NF4_BYTES = 0.52
-"""A weight in 4 bits, with its share of the scales."""
 UNPACKING_BYTES = 12
 """What a weight in 4 bits takes while it is unpacked for a product."""
 QUERIES_IN_A_CHUNK = 256
@@ -243,19 +243,11 @@ def _gradients_apart(trained: Mapping[str, Shape], training: Training) -> int:
     return training.item * (sum(map(prod, trained.values())) + at_work)
 
 
-def _num_packed(shapes: Mapping[str, Shape], training: Training) -> int:
-    """Weights in 4 bits: those of the base's linear layers under qlora."""
-    if training.adapter is None or training.adapter.adapter != "qlora":
-        return 0
-    everywhere = training.adapter.model_copy(update={"lora_targets": ("*",)})
-    return sum(map(prod, adapted(shapes, everywhere).values()))
-
-
 def _frozen_bytes(shapes: Mapping[str, Shape], training: Training, item: int) -> int:
     """The base under an adapter, what is not packed in numbers of `item` bytes."""
     if training.adapter is None:
         return 0
-    packed = _num_packed(shapes, training)
+    packed = sum(map(prod, packed_shapes(shapes, training.adapter).values()))
     return int(packed * NF4_BYTES) + (sum(map(prod, shapes.values())) - packed) * item
 
 
@@ -264,7 +256,7 @@ def _start_bytes(shape: ModelConfig, training: Training) -> int:
     shapes = parameter_shapes(shape)
     if training.device == "cuda" and training.spread.is_sharded:
         return 0
-    if training.device == "cuda" and _num_packed(shapes, training):
+    if training.device == "cuda" and packed_shapes(shapes, training.adapter):
         return _frozen_bytes(shapes, training, FP32)
     own, in_hand = numbers_at_start(shape, training.spread, training.adapter)
     return FP32 * (own + (in_hand if training.device != "cuda" or not own else 0))

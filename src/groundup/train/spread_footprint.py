@@ -8,8 +8,13 @@ from math import prod
 from groundup.adapters.config import AdapterConfig
 from groundup.model.config import ModelConfig
 from groundup.parallel.cut import Spread, held_shape, shard_shape
-from groundup.train.weight_shapes import Shape, num_parameters, parameter_shapes, trained_shapes
+from groundup.train.weight_shapes import Shape, adapted, num_parameters, parameter_shapes, trained_shapes
+from groundup.train.zero_footprint import FP32
 
+NF4_BYTES = 0.52
+"""Of a weight in 4 bits, its scales with it."""
+IN_HAND = 3
+"""Matrices in fp32 that exist while one is packed or measured; torchao's packing has 130 MB more."""
 END_PARTS = ("model.embed_tokens.", "model.norm.", "lm_head.")
 
 
@@ -46,18 +51,33 @@ def held_shapes(shapes: Mapping[str, Shape], shape: ModelConfig, spread: Spread)
 
 
 def numbers_at_start(shape: ModelConfig, spread: Spread, adapter: AdapterConfig | None) -> tuple[int, int]:
-    """Numbers that a rank has while its model gets its weights: its own part, with what an adapter adds, and in the host's
-    memory what is in hand at a time: of a new model the largest tensor, whole; what is read is taken out of its file.
+    """Numbers of 4 bytes that a rank has while its model gets its weights: its own part, with what an adapter adds, and in the
+    host's memory what is in hand at a time: of a new model the largest tensor, whole; what is read is taken out of its file,
+    but a matrix that is packed or whose rows are measured, and what is made of it.
 
-    Some adapters are made out of a base, and DeepSpeed cuts a model, that every rank has whole in its host's memory.
+    A start in the weight changes a base, and DeepSpeed cuts a model, that every rank has whole in its host's memory.
     """
     if spread.by_deepspeed or (adapter is not None and adapter.needs_whole_base):
         return 0, num_parameters(shape)
     whole = parameter_shapes(shape)
-    own = sum(prod(shard_shape(size, spread)) for size in held_shapes(whole, shape, spread).values())
-    if adapter is not None:  # which is whole before the base has memory
-        return own + -(-sum(map(prod, trained_shapes(shape, adapter).values())) // spread.data_shard), 0
-    return own, max(map(prod, whole.values()))
+    packed = packed_shapes(whole, adapter)
+    held = held_shapes({name: size for name, size in whole.items() if name not in packed}, shape, spread)
+    own = sum(prod(shard_shape(size, spread)) for size in held.values())
+    if adapter is None:
+        return own, max(map(prod, whole.values()))
+    # an adapter and what is packed are whole before the base has memory
+    own += -(-sum(map(prod, trained_shapes(shape, adapter).values())) // spread.data_shard)
+    own += int(sum(map(prod, packed.values())) * NF4_BYTES / FP32)
+    measured = adapted(whole, adapter) if adapter.use_dora else {}
+    return own, IN_HAND * max(map(prod, (packed | measured).values()), default=0)
+
+
+def packed_shapes(shapes: Mapping[str, Shape], adapter: AdapterConfig | None) -> dict[str, Shape]:
+    """Weights in 4 bits: those of the base's linear layers under qlora."""
+    if adapter is None or adapter.adapter != "qlora":
+        return {}
+    everywhere = adapter.model_copy(update={"lora_targets": ("*",)})
+    return {f"{name}.weight": size for name, size in adapted(shapes, everywhere).items()}
 
 
 def block_of(name: str) -> str:

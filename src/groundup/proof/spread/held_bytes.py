@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from groundup.parallel.shards import local
@@ -50,4 +50,6 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
         if isinstance(value, torch.UntypedStorage):  # of a mapped file, which a tensor is set to
             yield value
         elif isinstance(value, Tensor) and not value.is_meta:
-            yield local(value).untyped_storage()
+            held = local(value)
+            if not is_traceable_wrapper_subclass(held):  # packed: its parts are tensors that operators made
+                yield held.untyped_storage()

@@ -201,6 +201,8 @@ def _memory_lines(section: Rehearsal, limit: int | None) -> Iterator[str]:
     if training.device == "cuda":
         own, in_hand = numbers_at_start(section.shape, training.spread, training.adapter)
         what = "the largest tensor, whole" if own else "the model, whole"
+        if own and training.adapter is not None:
+            what = "the largest matrix of the base, and what is made of it"
         if in_hand:
             yield f"    at the start each rank has {FP32 * in_hand / 1e9:,.2f} GB in its host's memory: {what}"
     if limit is not None and not fits:

@@ -119,6 +119,6 @@ def _model(stage: str, shape: Mapping[str, Any], section: Mapping[str, Any]) -> 
         model, weights = CausalLM(model_config), None
         model.initialize(torch.Generator().manual_seed(0))
     if config.adapter == "qlora":
-        quantise_linears(model, config.nf4_maker)
-    inject_lora(model, config, seed=0)
+        quantise_linears(model, config.nf4_maker, weights)
+    inject_lora(model, config, seed=0, base=weights)
     return model, weights and for_wrapped(weights)
