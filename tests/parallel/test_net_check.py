@@ -70,6 +70,16 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
     assert done.returncode == 6 and "E-NET-MEET: rank 1 " in done.stderr and f"127.0.0.1:{port}" in done.stderr
 
 
+@pytest.mark.costly
+def test_an_interface_that_is_not_there_is_named_before_anything_is_sent():
+    done = doctor("--nproc", "2", "--patience", "8", GLOO_SOCKET_IFNAME="nowhere0")
+    host = socket.gethostname()
+    assert done.returncode == 6 and done.stderr.splitlines() == [
+        f"ERROR E-NET-INTERFACE: rank 0 (on {host}) has no interface GLOO_SOCKET_IFNAME=nowhere0. Name one that "
+        "`ip link` shows there, or unset the variable"
+    ]
+
+
 def test_an_interface_that_is_not_there_is_seen():
     assert facts_of_machine({"GLOO_SOCKET_IFNAME": "nowhere0"}).missing_interfaces == ["GLOO_SOCKET_IFNAME"]
     for wanted in ("lo", "=lo", "^eth9", "eth9,lo"):

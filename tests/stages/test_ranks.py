@@ -18,6 +18,7 @@ import pytest
 from groundup.base.files import read_json
 
 from .conftest import Said, groundup, model_hashes
+from .wires import connections_of, let_all_in, let_nothing_in
 
 pytestmark = pytest.mark.end_to_end
 COMMAND = [sys.executable, "-P", "-m", "groundup"]
@@ -194,6 +195,62 @@ def test_a_stopped_rank_is_named_within_15_seconds(ranks, unbroken):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 6 and "E-RANK-HUNG: rank 1" in err and time.monotonic() - began < 15
     assert ranks.run("runs").code == 0
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.fixture
+def begun(ranks):
+    """Starts a run on two ranks; gives its process and rank 1's once the first steps are done."""
+
+    def begin(*settings):
+        process = ranks.start("runs", *settings, failpoint="run.validate:slow:1")
+        metrics = ranks.folder / "runs" / "tiny" / ".attempts" / "pretrain" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        return process, children_of(process.pid)[1], metrics
+
+    return begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["network", "rank"])
+def test_what_stands_still_and_comes_back_costs_time_alone(ranks, unbroken, begun, how):
+    process, rank, metrics = begun("--parallel.max_restarts", "0")
+    with connections_of(rank) as connections:
+        for connection in connections:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if how == "network":
+                let_nothing_in(connection)
+        if how == "rank":
+            os.kill(rank, signal.SIGSTOP)
+        time.sleep(2)
+        before = metrics.read_bytes()
+        time.sleep(3)
+        assert metrics.read_bytes() == before and process.poll() is None, "it went on without the other rank"
+        os.kill(rank, signal.SIGCONT)
+        if how == "network":
+            for connection in connections:
+                let_all_in(connection)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "E-RANK" not in err, err
+    assert ranks.bits("runs") == unbroken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut", "away for good"])
+def test_a_network_that_does_not_come_back_is_a_lost_rank(ranks, unbroken, begun, how):
+    process, rank, _ = begun()
+    with connections_of(rank) as connections:
+        for connection in connections:
+            if how == "cut":
+                connection.shutdown(socket.SHUT_RDWR)
+            else:
+                # the time is the kernel's to keep: here it has less
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 3_000)
+                let_nothing_in(connection)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "W-RESTART: E-RANK-GONE: another rank cannot be reached" in err and err.count("W-RESTART") == 1
     assert ranks.bits("runs") == unbroken
 
 

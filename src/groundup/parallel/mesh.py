@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from groundup.base.errors import ConfigError
 from groundup.model.config import ModelConfig
 from groundup.parallel.config import DIMS, REST, Dim, ParallelConfig
+from groundup.parallel.connections import watch_connections
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -121,6 +122,7 @@ def _device_mesh(
     key = (world, device_type, dims, sizes)
     if key not in _made:
         _made[key] = init_device_mesh(device_type, sizes, mesh_dim_names=tuple(dims))
+        watch_connections()  # its groups have their own
     return _made[key]
 
 

@@ -1,5 +1,6 @@
 """The network between ranks, tried before a run has to rely on it: meeting, latency, bandwidth, and which rank is wrong."""
 
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from groundup.base.errors import DistributedError
 from groundup.base.failpoints import reach
+from groundup.parallel.connections import INTERFACES, missing_interfaces, no_interface
 from groundup.parallel.rank import LAUNCHER_PID, LISTEN_FD
 from groundup.parallel.world import World
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch._C._distributed_c10d import Store
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SHARED_MEMORY = "/dev/shm"
 LEAST_SHARED_MEMORY = 1 << 30
 """Below it NCCL and loaders of data that share tensors may fail; a container has 64 MiB where nobody asked for more."""
@@ -76,20 +77,12 @@ def facts_of_machine(environment: Mapping[str, str] = os.environ) -> Facts:
     except OSError:
         address = ""
     asked = {name: environment[name] for name in INTERFACES if environment.get(name)}
-    here = [name for _, name in socket.if_nameindex()]
-    missing = [name for name, value in asked.items() if not any(_is_meant(one, value) for one in here)]
+    missing = missing_interfaces(environment)
     try:
         shared = shutil.disk_usage(SHARED_MEMORY).total
     except OSError:
         shared = 0
     return Facts(host, address, asked, missing, shared)
-
-
-def _is_meant(interface: str, wanted: str) -> bool:
-    """NCCL's way to name interfaces: several by commas, `=` before an exact name, `^` before those that are not meant."""
-    if wanted.startswith("^"):
-        return interface not in wanted[1:].split(",")
-    return any(interface.startswith(name.removeprefix("=")) for name in wanted.split(","))
 
 
 def check_net(world: World, *, patience_seconds: float) -> NetReport:
@@ -102,13 +95,14 @@ def check_net(world: World, *, patience_seconds: float) -> NetReport:
     store = _meet(world, facts, patience_seconds)
     with _named(store, world, "the rendezvous", patience_seconds):
         reach("net.meet")
+        everyone = [Facts(**json.loads(store.get(f"facts/{rank}"))) for rank in range(world.size)]
+    _refuse_interfaces(everyone)  # before anything is sent over one
+    with _named(store, world, "the rendezvous", patience_seconds):
         dist.init_process_group(
             "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=patience_seconds)
         )
-        everyone = [Facts(**values) for values in world.gather(asdict(facts))]
     try:
         meeting = max(world.gather(time.perf_counter() - began))
-        _refuse_interfaces(everyone)
         with _named(store, world, "the all-reduce", patience_seconds):
             latency, rate = _all_reduce(world)
         with _named(store, world, "messages of pairs", patience_seconds):
@@ -143,6 +137,7 @@ def _meet(world: World, facts: Facts, patience_seconds: float) -> Any:
             next="see that the first machine is up, that its name resolves here and that no firewall closes the port",
         ) from None
     prefixed = PrefixStore(f"net-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _answer(prefixed, world, "facts", json.dumps(asdict(facts)))
     _answer(prefixed, world, "arrival", f"on {facts.host}")
     missing = _silent(prefixed, world, "arrival", patience_seconds)
     if missing:
@@ -199,11 +194,7 @@ def _does_not_answer(store: "Store | None", ranks: Sequence[int], phase: str) ->
 def _refuse_interfaces(everyone: Sequence[Facts]) -> None:
     for rank, facts in enumerate(everyone):
         for name in facts.missing_interfaces:
-            raise DistributedError(
-                "E-NET-INTERFACE",
-                what=f"rank {rank} (on {facts.host}) has no interface {name}={facts.interfaces[name]}",
-                next="name one that `ip link` shows there, or unset the variable",
-            )
+            raise no_interface(rank, facts.host, name, facts.interfaces[name])
 
 
 def _all_reduce(world: World) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from groundup.base.errors import ConfigError, DistributedError
 from groundup.base.failpoints import reach
 from groundup.parallel.config import Dim, ParallelConfig
+from groundup.parallel.connections import missing_interfaces, no_interface, watch_connections
 from groundup.parallel.mesh import TOKEN_DIMS, Mesh, degrees_of
 from groundup.parallel.rank import LAUNCHER_PID, LISTEN_FD, PEER_LOST, Reports, launcher_reports
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 BUCKET_ELEMENTS = 1 << 22
 """Gradients that travel together: 16 MiB."""
 # rank 0 may clean text for a day while the others wait; a dead rank is seen by its closed connections, a silent one by
-# its heartbeat
+# its heartbeat, a lost machine or network by `watch_connections`
 PATIENCE = timedelta(days=30)
 RENDEZVOUS = timedelta(minutes=10)
 
@@ -92,6 +94,8 @@ class World:
         """Meet the other ranks, and part from them at the end. DeepSpeed wants a group even of one rank."""
         has_group = self.size > 1 or self.parallel.zero_stage > 0
         if has_group:
+            for name in missing_interfaces():
+                raise no_interface(self.rank, socket.gethostname(), name, os.environ[name])
             with _peers():
                 self._meet()
             if self.size > 1 and self._reports is not None:
@@ -121,6 +125,7 @@ class World:
             world_size=self.size,
             timeout=PATIENCE,
         )
+        watch_connections()
 
     def _meeting_place(self) -> "Store":
         """Where the ranks leave their addresses: the launcher's socket, or what torchrun's variables name."""
