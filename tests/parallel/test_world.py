@@ -1,6 +1,7 @@
 """What ranks say to each other, on two of them and on one."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from groundup.base.errors import ConfigError
+from groundup.parallel.connections import watch_connections
 from groundup.parallel.world import World
 
 WORK = Path(__file__).with_name("work_of_ranks.py")
@@ -52,6 +54,7 @@ def test_one_flipped_bit_is_found_and_named(on_two_ranks):
 
 MEETINGS = """
 import time
+from groundup.parallel.connections import watch_connections
 from groundup.parallel.world import World
 world = World.from_environment()
 for number in range(4):
@@ -94,3 +97,14 @@ def test_the_world_is_read_from_torchruns_variables():
             World.from_environment({key: value for key, value in whole.items() if key != name})
     with pytest.raises(ConfigError, match=r"E-CONFIG-WORLD.*'many'"):
         World.from_environment(whole | {"RANK": "many"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="connections are found in /proc")
+def test_connections_are_looked_at_where_nothing_is_under_way():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        watch_connections()
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        first, each, num = (one.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+        assert first + num * each == 120
