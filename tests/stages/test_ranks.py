@@ -268,11 +268,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(ranks, unbroken):
     assert ranks.bits("runs") == unbroken
 
 
+ACCELERATE = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["accelerate.commands.launch", *ACCELERATE, "--dynamo_backend", "no"],
+}
+
+
 @pytest.mark.slow
-def test_torchrun_gives_the_same_bits(ranks, unbroken):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    said = ranks.run("runs", launcher=[*launcher, "-m", "groundup"], data="")
-    assert said.code == 0, said
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_give_the_same_bits(ranks, unbroken, launcher):
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "groundup"]
+    said = ranks.run("runs", launcher=command, data="")
+    assert said.code == 0 and ", 2 ranks" in said.out, said
     assert ranks.bits("runs") == unbroken
 
 
