@@ -2,7 +2,7 @@
 
 import datetime
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from groundup.base import machine
@@ -25,6 +25,16 @@ def add_row(heading: str, command: str, cells: Mapping[str, str], page: Path = P
     section = f"{section.rstrip()}\n| {' | '.join(row)} |\n"
     with atomic_write(page) as file:
         file.write(f"{before}{found}{section}{border}{rest}".encode())
+
+
+def replace_table(heading: str, said: str, columns: Sequence[str], rows: Iterable[Sequence[str]], page: Path) -> None:
+    """Put a line and a table under a heading in place of what stood there; all are made where they are missing."""
+    lines = [f"## {heading}", "", said, "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    before, _, after = page.read_text(encoding="utf-8").partition(f"## {heading}\n")
+    rest = after.partition("\n## ")
+    with atomic_write(page) as file:
+        file.write((before.rstrip() + "\n\n" + "\n".join(lines) + "\n" + "".join(rest[1:])).encode())
 
 
 def read_rows(heading: str, page: Path = PAGE) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@ stack takes for itself."""
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def seconds_a_step(shape: ModelConfig, config: TrainConfig) -> float:
     return measure_pace(shape, config).step_seconds
 
 
-def measure_pace(shape: ModelConfig, config: TrainConfig) -> Pace:
+def measure_pace(shape: ModelConfig, config: TrainConfig, *, clock: Callable[[], float] = time.perf_counter) -> Pace:
     """Train a few steps from random weights, with the section's adapter where it has one; nothing is compiled.
 
     Raises DoesNotFit where the memory does not hold it.
@@ -56,17 +57,17 @@ def measure_pace(shape: ModelConfig, config: TrainConfig) -> Pace:
     while len(seconds) < WARM_STEPS + TIMED_STEPS or (
         sum(seconds[WARM_STEPS:]) < TIMED_SECONDS and len(seconds) < MOST_TIMED_STEPS
     ):
-        began = time.perf_counter()
+        began = clock()
         _step(engine, batch)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock() - began)
     rows = batch.slice(0, engine.micro_batch_rows).to(engine.device)
     looks: list[float] = []
     engine.model.eval()
     for _ in range(WARM_STEPS + TIMED_STEPS):
-        began = time.perf_counter()
+        began = clock()
         with torch.no_grad():
             float(engine.model(rows.tokens_BT, rows.segments, rows.labels_BT).nll_sum)  # waits for the device
-        looks.append((time.perf_counter() - began) / len(rows))
+        looks.append((clock() - began) / len(rows))
     return Pace(statistics.median(seconds[WARM_STEPS:]), statistics.median(looks[WARM_STEPS:]))
 
 
