@@ -17,6 +17,7 @@ from groundup.parallel.cut import Spread
 from groundup.train.engine import TorchEngine
 from groundup.train.footprint import (
     HEAP_SHARE,
+    HOLES_OF_A_BLOCK,
     HOLES_OF_AN_ADAPTER,
     HOLES_OF_THE_HEAD,
     OWN_MAPPING,
@@ -245,9 +246,13 @@ def test_holes_are_left_by_passes_and_by_tensors_of_the_heads_size():
     passes = plain.activations + plain.logits + plain.backward
     head = 4 * shape.vocab_size * shape.hidden_size
     assert plain.heap == int(HEAP_SHARE * passes) + HOLES_OF_THE_HEAD * head
-    block = footprint(shape, training_of(activation_checkpointing="block"))
-    again = block.activations + block.logits + block.backward + plain.activations / shape.num_hidden_layers
-    assert block.heap == pytest.approx(HEAP_SHARE * again + HOLES_OF_THE_HEAD * head, rel=0.05)
+    deeper = shape.model_copy(update={"num_hidden_layers": 24})
+    one = (footprint(deeper, training_of()).activations - plain.activations) / (24 - shape.num_hidden_layers)
+    shares = {"block": HOLES_OF_A_BLOCK * 23, "selective": HEAP_SHARE}
+    for kind, share in shares.items():
+        found = footprint(deeper, training_of(activation_checkpointing=kind))
+        beside = HEAP_SHARE * (found.activations + found.logits + found.backward) + HOLES_OF_THE_HEAD * head
+        assert found.heap == pytest.approx(share * one + beside, abs=2)
     adapted = footprint(shape, training_of(adapter=AdapterConfig(adapter="lora")))
     outputs = 2 * (64 + 32 + 32 + 48 + 100 + 100 + 48)
     let_go = int(HOLES_OF_AN_ADAPTER * ROWS * LENGTH * 4 * outputs)

@@ -44,6 +44,9 @@ HEAP_SHARE, CUDA_HEAP_SHARE = 0.5, 0.05
 """Memory in holes that the allocator cannot use again, as a share of what the passes need. torch aligns to 64 bytes, and
 glibc then never gives a hole to a tensor of the size that left it (0 of 40 in glibc 2.36). Fitted on the even cases of
 benchmarks/plan.py that are not held out; CUDA's never measured."""
+HOLES_OF_A_BLOCK = 0.3
+"""Of a block that is computed again, as a share of what it keeps: small objects that stay hold its place open, and the next
+block finds too little room in it (fitted on replayed requests of 19 shapes: docs/log.md)."""
 HOLES_OF_THE_HEAD = 4
 """Tensors of the head's size that a backward pass makes one after another, each in a place of its own: the head's gradient,
 the embedding's, their sum, and what is kept of it."""
@@ -451,21 +454,24 @@ def _backward_bytes(shape: ModelConfig, training: Training) -> int:
 
 
 def _heap_bytes(shape: ModelConfig, training: Training, passes: int) -> int:
-    """Holes among what a pass over a batch needs; a block that is computed again finds no room in the one before it."""
+    """Holes among what a pass over a batch needs, and among blocks that are computed again."""
     if training.device == "cuda":
         return int(CUDA_HEAP_SHARE * passes)
     local = local_model(shape, training.spread)
     values = training.tokens * training.item * max(local.intermediate_size, Sizes(local).queries)
     scores = FP32 * training.rows * local.num_attention_heads * training.queries * training.row_length
     largest = max(values, scores if training.attention == "dense" else 0)
+    holes = int(HEAP_SHARE * passes)
     if training.activation_checkpointing != "none":
-        passes += training.num_lanes * max(_block_bytes(shape, training))
+        blocks, is_partly = _block_bytes(shape, training), training.activation_checkpointing == "selective"
+        share = HEAP_SHARE if is_partly else HOLES_OF_A_BLOCK * (len(blocks) - 1)
+        holes += int(share * training.num_lanes * max(blocks))
+    holes = holes if largest < OWN_MAPPING else 0
     if training.adapter is not None:
         outputs = sum(outputs for outputs, _ in adapted(parameter_shapes(shape), training.adapter).values())
         between = int(HOLES_OF_AN_ADAPTER * training.num_lanes * training.tokens * training.item * outputs)
-        return between + int(HEAP_SHARE * passes) if largest < OWN_MAPPING else 0
+        return between + holes if largest < OWN_MAPPING else 0
     head = FP32 * Sizes(local).vocab * shape.hidden_size
-    holes = int(HEAP_SHARE * passes) if largest < OWN_MAPPING else 0
     return holes + (HOLES_OF_THE_HEAD * head if head < OWN_MAPPING else 0)
 
 
