@@ -1,6 +1,6 @@
 """Whether what `groundup scale` foretells comes true: a ladder, then a run with eight times the operations of its largest.
 
-    python -m benchmarks.scale [--seed 0] [--tokens 4200000] [--hidden 64] [--vocab 1024]
+    python -m benchmarks.scale [--seed 0] [--tokens 4200000] [--hidden 64] [--vocab 1024] [--batch 2048]
 
 Finished runs stand in runs/.benchmarks and are not made again. Adds a row to docs/scale.md; ends with 1 where the loss on
 held-out rows lies more than 2 % from what was foretold before the run began.
@@ -35,16 +35,15 @@ from groundup.stages.starter import LADDER, shape_of  # noqa: E402
 from groundup.stages.work import Work  # noqa: E402
 
 TOLERANCE = 0.02
-BATCH_TOKENS = 2048
 PAGE = Path("docs/scale.md")
 
 
 def recipe_of(wanted: argparse.Namespace) -> Recipe:
     """The target: the quickstart's text, a shape of `groundup init`'s ladder, every rate by the law."""
     shape = shape_of(wanted.hidden, dict(LADDER)[wanted.hidden], wanted.vocab)
-    steps = wanted.tokens // BATCH_TOKENS
+    steps = wanted.tokens // wanted.batch
     pretrain = {
-        **{"duration": f"{steps} steps", "row_length": 256, "batch_size_tokens": BATCH_TOKENS},
+        **{"duration": f"{steps} steps", "row_length": 256, "batch_size_tokens": wanted.batch},
         **{"lr": "auto", "muon_lr": "auto", "schedule": "linear", "lr_floor": 0.0},
         **{"validate_every": f"{steps // 10} steps", "checkpoint_every": f"{steps // 10} steps"},
     }
@@ -66,6 +65,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4_200_000, help="of the target")
     parser.add_argument("--hidden", type=int, default=64, choices=[width for width, _ in LADDER])
     parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=2048, help="tokens of a step")
     with errors_as_lines(), stop_request():
         return compare(parser.parse_args())
 
