@@ -120,6 +120,7 @@ def take_pictures(page: Path, folder: Path) -> None:
     program = find_browser()
     if program is None:
         sys.exit(ADVICE)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, Browser(program, Path(profile)) as browser:
         for width in (DESK, PHONE):
             for is_dark in (False, True):

@@ -1,5 +1,6 @@
 """The command line: one command a stage. Parses, calls, prints errors; torch is imported only by what runs."""
 
+import math
 import os
 import sys
 import textwrap
@@ -286,8 +287,7 @@ def plan(
     data
         File, folder or glob of the text that there is for the budget; None takes it as endless.
     """
-    if (recipe is None) == (budget is None):
-        raise ConfigError("E-CLI", what="a plan is of a recipe or of a budget", next="give RECIPE or --budget")
+    _refuse_plan_options(recipe, budget, data=data, memory=memory, watts=watts, price_per_hour=price_per_hour)
     if budget is not None:
         from groundup.insight.budget_words import size_budget
 
@@ -306,6 +306,30 @@ def plan(
         memory_bytes=None if memory is None else parse_bytes(memory),
         prices=Prices(watts, price_per_hour),
     )
+
+
+def _refuse_plan_options(
+    recipe: str | None,
+    budget: str | None,
+    *,
+    data: str | None,
+    memory: str | None,
+    watts: float | None,
+    price_per_hour: float | None,
+) -> None:
+    """What a plan cannot be made of. Raises ConfigError."""
+    if (recipe is None) == (budget is None):
+        raise ConfigError(
+            "E-CLI", what="a plan is of a recipe or of a budget", next="give RECIPE or --budget, one of them"
+        )
+    owner, others = (
+        ("--budget", {"--data": data}) if budget is None else ("RECIPE", {"--memory": memory, "--watts": watts})
+    )
+    for name in (name for name, value in others.items() if value is not None):
+        raise ConfigError("E-CLI", what=f"{name} belongs to a plan of {owner}", next=f"leave it out, or give {owner}")
+    for name, amount in {"--watts": watts, "--price-per-hour": price_per_hour}.items():
+        if amount is not None and not 0 < amount < math.inf:
+            raise ConfigError("E-CLI", what=f"{name} {amount:g} is no amount", next="give a number above 0")
 
 
 @app.command

@@ -72,6 +72,8 @@ def test_little_text_makes_models_smaller_and_asks_for_more():
     assert len(steps) == 2 and all(step.gain > 0 for step in steps)
     lines = "\n".join(budget_lines("x", asked(1e18, 1e8)))
     assert "What would help next: more data" in lines and "The text is read" in lines
+    told = "\n".join(budget_lines("x", asked(1e14, 6e5)))
+    assert "(next to nothing)" in told and "-0.000" not in told, "text that is read hundreds of times"
     notes = ["groundup init" in "\n".join(budget_lines("x", asked(flops))) for flops in (1e14, 1e19)]
     assert notes == [True, False], "where the laws were never fitted"
 

@@ -120,6 +120,24 @@ def test_time_energy_and_price_come_from_the_probe(tmp_path, no_probe):
         main(["plan", str(path), "--no-probe", "--watts", "5"])
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--budget", "2h"], "a plan is of a recipe or of a budget"),
+        (["--data", "text"], "--data belongs to a plan of --budget"),
+        (["--watts", "-1"], "--watts -1 is no amount"),
+        (["--price-per-hour", "0"], "--price-per-hour 0 is no amount"),
+        (["--price-per-hour", "inf"], "--price-per-hour inf is no amount"),
+    ],
+)
+def test_options_that_do_not_belong_are_refused(tmp_path, capsys, options, said):
+    from groundup.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(write_way(tmp_path)), *options])
+    assert ended.value.code == 2 and f"ERROR E-CLI: {said}" in capsys.readouterr().err
+
+
 def test_memory_is_told_by_part_with_the_measured_stack(tmp_path, no_probe):
     plan = plan_of(write_way(tmp_path))
     assert plan.memory.process == PROCESS and plan.memory == footprint(plan.shape, plan.training, process=PROCESS)
@@ -177,6 +195,12 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(tmp_path, no_probe, 
         }
         assert fits[advised] and not any(fits[words] for words in list(fits)[: list(fits).index(advised)])
         assert re.search(rf"{re.escape(advised.split(', ')[-1])} .* fits", said)
+        assert all(len(line) <= WIDTH for line in said.splitlines())
+        if "data_shard" not in advised:  # ranks are an alternative to all of it, not one step more
+            others = re.findall(r"^    or (.*)", said, re.MULTILINE)
+            assert all(
+                re.fullmatch(r"alone parallel\.data_shard: \d+ on so many such devices .* fits", one) for one in others
+            )
     order = list(dict.fromkeys(name for words in proposals for name in words.split(", ")))
     order = [name.partition(":")[0] for name in order]
     wanted = ["micro_batch_rows"] * (not is_auto) + [

@@ -1,6 +1,7 @@
 """Following a growing run: each line once, through cuts and the commit; trackers by name, and what is said without them."""
 
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -94,9 +95,16 @@ class StandIn(SimpleNamespace):
 
 
 @pytest.mark.parametrize("tracker", ["trackio", "wandb", "swanlab", "mlflow"])
-def test_other_trackers_are_begun_offline_told_and_ended(tracker, tmp_path):
-    module = StandIn()
-    sink = open_sink(tracker, tmp_path / "files", "run", load=lambda name: module)
+def test_other_trackers_are_begun_offline_told_and_ended(tracker, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    module, places = StandIn(), []
+
+    def load(name):
+        places.append(os.environ.get("TRACKIO_DIR"))
+        return module
+
+    sink = open_sink(tracker, tmp_path / "files", "run", load=load)
+    assert places == [str(tmp_path / "files") if tracker == "trackio" else None], "its files lie in the run, too"
     sink.log(7, {"pretrain/loss": 3.0})
     sink.close()
     names = [name for name, _, _ in module.calls]
@@ -111,7 +119,7 @@ def test_a_missing_tracker_names_what_to_install(tmp_path, monkeypatch):
     for name, module in MODULES.items():
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(
-            ConfigError, match=rf"E-SINK-MISSING: {name} is not installed. Pip install 'groundup\[{name}\]'"
+            ConfigError, match=rf"E-SINK-MISSING: {name} is not installed. Install it: pip install 'groundup\[{name}\]'"
         ):
             open_sink(name, tmp_path, "run")
     with pytest.raises(ConfigError, match="E-SINK: no tracker 'tensorbord'"):

@@ -53,7 +53,7 @@ def test_rows_and_then_lanes_shrink_until_it_fits(make_training):
 def test_rows_that_were_asked_for_are_not_changed(make_training):
     training = make_training(rows=8)
     limit = footprint(SHAPE, replace(training, rows=1)).total
-    with pytest.raises(DoesNotFit, match=r"E-MEMORY: training needs .* GB and there are .* GB \(.*activations .* MB"):
+    with pytest.raises(DoesNotFit, match=r"E-MEMORY: training needs .* MB and there are .* MB \(.*activations .* MB"):
         fitting_rows(SHAPE, training, limit, is_auto=False)
     with pytest.raises(DoesNotFit, match=r"What fits: micro_batch_rows: 1$"):
         fitting_rows(SHAPE, training, limit, is_auto=False)

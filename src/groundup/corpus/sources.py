@@ -128,7 +128,10 @@ def _candidates(entry: str, found: Sources) -> Iterator[tuple[Path, str, str]]:
                 yield file, f"{root}/{escape_name(name)}", root
     else:
         raise DataError(
-            "E-SOURCE-NONE", what="no such file or folder", where=escape_name(entry), next="see corpus.source"
+            "E-SOURCE-NONE",
+            what="no such file or folder",
+            where=escape_name(entry),
+            next="check its path: corpus.source, or what the command was given",
         )
 
 

@@ -37,6 +37,8 @@ LEAST_FITTED = 7e6
 HALF = 0.5
 BARELY = 0.005
 """Nats below which shapes are as good as each other."""
+LEAST_GAIN = 0.0005
+"""Nats below which a step is not worth a figure."""
 
 
 def size_budget(
@@ -148,7 +150,8 @@ def _reason(question: Question, found: list[Candidate]) -> str:
 
 def _next(question: Question, found: list[Candidate]) -> str:
     steps = what_next(question, found)
-    return "What would help next: " + "; ".join(f"{step.words} (-{step.gain:.3f})" for step in steps) + "."
+    told = (f"{step.words} ({f'-{step.gain:.3f}' if step.gain >= LEAST_GAIN else 'next to nothing'})" for step in steps)
+    return f"What would help next: {'; '.join(told)}."
 
 
 def _use(question: Question, best: Candidate) -> str:

@@ -8,8 +8,8 @@ from groundup.base.amounts import counted
 from groundup.insight.advice import Advice, advise
 from groundup.insight.drawing import bar, bytes_words, count_words, curve, span_words
 from groundup.insight.plan import StagePlan, active_parameters, parameters_by_part
-from groundup.train.fit import easier
-from groundup.train.footprint import Footprint, footprint
+from groundup.train.fit import easier, on_more_ranks
+from groundup.train.footprint import Footprint, Training, footprint
 from groundup.train.weight_shapes import num_parameters
 
 WIDTH = 80
@@ -130,29 +130,31 @@ def _parts(memory: Footprint, *, is_measured: bool) -> Iterator[tuple[str, int, 
 def _rooms(plan: StagePlan) -> Iterator[str]:
     yield ""
     yield from _said("what fits", "each line on top of those before, the cheapest first:")
-    is_found = False
-    before: list[str] = []
-    spread: list[str] = []
-    for words, training in easier(plan.shape, plan.training):
-        is_spread_now = training.spread != plan.training.spread
-        if is_found and not is_spread_now:
-            continue
-        total = footprint(plan.shape, training, process=plan.memory.process).total
-        fits = total <= plan.limit
-        added = ", ".join(line for line in words.split(", ") if line not in before)
-        before = words.split(", ")
-        row = f"    {('or ' if is_spread_now else '') + added:<54} {bytes_words(total):>10}  {'fits' if fits else ''}".rstrip()
-        if not is_spread_now:
-            is_found = fits
+    is_found, before = False, [""]
+    settings = list(easier(plan.shape, plan.training))
+    for words, training in settings:
+        if not is_found and training.spread == plan.training.spread:
+            row, is_found = _room(plan, ", ".join(line for line in words.split(", ") if line not in before), training)
+            before = words.split(", ")
             yield row
-            continue
-        spread.append(row)
+    ranks = [one for one in settings if one[1].spread != plan.training.spread]
+    if is_found:  # what else fits, in place of all of these
+        ranks = [(f"alone {words}", training) for words, training in on_more_ranks(plan.training)]
+    for words, training in ranks:
+        row, fits = _room(plan, f"or {', '.join(line for line in words.split(', ') if line not in before)}", training)
         if fits:  # ranks that help too little are no advice
             is_found = True
-            yield from spread
+            yield row
             break
     if not is_found:
         yield "    none: take a smaller model, or a machine with more memory"
+
+
+def _room(plan: StagePlan, words: str, training: Training) -> tuple[str, bool]:
+    """(line, whether it fits) of settings that need less."""
+    total = footprint(plan.shape, training, process=plan.memory.process).total
+    fits = total <= plan.limit
+    return f"    {words:<56} {bytes_words(total):>10}  {'fits' if fits else ''}".rstrip(), fits
 
 
 def _advice(plan: StagePlan) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Trackers that a run's figures can be sent to, by name; each is imported only where it is asked for."""
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -83,12 +84,16 @@ def open_sink(
     Raises ConfigError for a name that is none, and for one that is not installed.
     """
     if tracker not in MODULES:
-        raise ConfigError("E-SINK", what=f"no tracker {tracker!r}", next=f"one of {', '.join(MODULES)}")
+        raise ConfigError("E-SINK", what=f"no tracker {tracker!r}", next=f"give one of {', '.join(MODULES)}")
+    if tracker == "trackio":
+        os.environ.setdefault(
+            "TRACKIO_DIR", str(folder)
+        )  # read where it is imported; else its files lie in the user's home
     try:
         module = load(MODULES[tracker])
     except ImportError:
         raise ConfigError(
-            "E-SINK-MISSING", what=f"{tracker} is not installed", next=f"pip install 'groundup[{tracker}]'"
+            "E-SINK-MISSING", what=f"{tracker} is not installed", next=f"install it: pip install 'groundup[{tracker}]'"
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     if tracker == "tensorboard":

@@ -63,7 +63,9 @@ def find_recipe(recipe: str) -> Path:
     if not shipped.is_file():
         names = sorted(p.stem for p in SHIPPED.glob("*.yaml") if not p.stem.endswith("-fp32"))
         raise ConfigError(
-            "E-CONFIG-FILE", what=f"no recipe {recipe!r}", next=f"give a YAML file or one of: {', '.join(names)}"
+            "E-CONFIG-FILE",
+            what=f"no recipe {recipe!r}",
+            next=f"give a YAML file, a run's folder or one of: {', '.join(names)}",
         )
     plain = SHIPPED / f"{recipe}-fp32.yaml"
     return plain if plain.is_file() and not _multiplies_bf16() else shipped

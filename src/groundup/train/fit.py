@@ -1,6 +1,6 @@
 """Whether a run fits into the machine's memory, known before its first step, and what would make it fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,7 +77,7 @@ def _does_not_fit(plan: Footprint, shape: ModelConfig, training: Training, limit
     words = next((words for words, easy in found if easy.total <= limit), None)
     return DoesNotFit(
         "E-MEMORY",
-        what=f"training needs {plan.total / 1e9:.2f} GB and there are {limit / 1e9:.2f} GB ({plan.words()})",
+        what=f"training needs {plan.total / 1e6:,.0f} MB and there are {limit / 1e6:,.0f} MB ({plan.words()})",
         next=f"what fits: {words}" if words else "take a smaller model, or a machine with more memory",
     )
 
@@ -97,6 +97,11 @@ def easier(shape: ModelConfig, training: Training) -> Iterator[tuple[str, Traini
         length = shorter.row_length // 2
         shorter = replace(shorter, row_length=length, batch_rows=2 * shorter.batch_rows)
         yield ", ".join([*words, f"row_length: {length}"]), shorter
+    yield from on_more_ranks(training, words)
+
+
+def on_more_ranks(training: Training, words: Sequence[str] = ()) -> Iterator[tuple[str, Training]]:
+    """The same shared by 2, 4, 8… times as many ranks, behind the lines that were changed before."""
     for shards in (2**power for power in range(1, MOST_SHARDS.bit_length())):
         rows = max(1, training.batch_rows // shards)
         spread = replace(training.spread, data_shard=shards * training.spread.data_shard)
