@@ -23,8 +23,8 @@ class Subject:
         self.added = {name: [] for name in NAMES}
         self.sums = GradientSums(self.weights, lambda name, gradients: self.added[name].append(list(gradients)))
 
-    def compute(self, number, delay=0.0, uses=("a", "b")):
-        with self.sums.of_part(number):
+    def compute(self, number, delay=0.0, uses=("a", "b"), is_alone=False):
+        with self.sums.of_part(number, is_alone=is_alone):
             time.sleep(delay)
             loss = sum((self.weights[name] * self.inputs[number]).sum() for name in uses)
             return torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
@@ -43,6 +43,14 @@ def test_gradients_are_added_in_order_two_at_a_time(num_lanes, num_parts):
         found = [gradient for gradients in calls for gradient in gradients]
         assert all(map(torch.equal, found, subject.inputs))
     assert not subject.added["unused"]
+
+
+def test_gradients_of_a_micro_batch_alone_are_added_at_once():
+    subject = Subject()
+    subject.sums.begin(5)
+    for number in range(5):
+        subject.compute(number, is_alone=number == 0)
+    assert [len(gradients) for gradients in subject.added["a"]] == [1, 2, 2]
 
 
 def test_the_pass_keeps_no_gradient():

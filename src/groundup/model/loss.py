@@ -200,10 +200,10 @@ def _to_gradient(
     for begin in range(0, len(logits_CV), rows):
         part = slice(begin, begin + rows)
         terms = {name: values_C1[part] for name, values_C1 in chunk.items()}
-        grad_PV = gradient_of(logits_CV[part].float(), labels_C1[part], terms, options)
+        grad_CV = gradient_of(logits_CV[part].float(), labels_C1[part], terms, options)
         if grad_scale != 1.0:
-            grad_PV *= grad_scale
-        logits_CV[part] = grad_PV
+            grad_CV *= grad_scale
+        logits_CV[part] = grad_CV
 
 
 def _logits_gradient(logits_CV: Tensor, labels_C1: Tensor, chunk: Mapping[str, Tensor], options: LossOptions) -> Tensor:

@@ -321,7 +321,7 @@ class TorchEngine:
         """Sums of a micro-batch, whose gradients are added up on the way. Lanes share one generator, so a model with
         dropout has one lane."""
         assert self._sums is not None
-        with self._sums.of_part(number):
+        with self._sums.of_part(number, is_alone=not self._has_computed):
             if part.num_loss_tokens == 0:
                 return {}
             sums = self._forward(part)

@@ -38,9 +38,10 @@ class GradientSums:
             held.clear()
 
     @contextmanager
-    def of_part(self, number: int) -> Iterator[None]:
-        """Around the passes of a micro-batch, in its thread; weights without a gradient give up their turn at the end."""
-        self._own.number, self._own.missing = number, set(self._turn)
+    def of_part(self, number: int, *, is_alone: bool = False) -> Iterator[None]:
+        """Around the passes of a micro-batch, in its thread; weights without a gradient give up their turn at the end. The
+        gradients of one that is alone wait for no second one: they would lie beside the next one's activations."""
+        self._own.number, self._own.is_alone, self._own.missing = number, is_alone, set(self._turn)
         try:
             yield
             for name in list(self._own.missing):
@@ -71,7 +72,7 @@ class GradientSums:
                 return
         if gradient is not None:
             held.append(gradient)
-        if held and (len(held) == 2 or number + 1 == self._num_parts):
+        if held and (len(held) == 2 or self._own.is_alone or number + 1 == self._num_parts):
             self._add(name, held)
             held.clear()
         with self._changed:
