@@ -101,7 +101,7 @@ class _Seen(Exception):
 def test_a_new_token_is_shown_as_the_training_sees_it(work, tmp_path, make_model, tokenizer, monkeypatch):
     base = tmp_path / "with_room"
     model = make_model(vocab_size=tokenizer.vocab_size + 4)
-    save_model(base, model, dict(model.named_parameters()), tokenizer, eos_token_ids=[2])
+    save_model(base, model.config, model.named_parameters(), tokenizer, eos_token_ids=[2])
     template = (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|think|><|im_start|>"))
     changes = {"init_from": str(base), "adapter": "lora", "train_tokens": ("<|think|>",), "device": "cpu"}

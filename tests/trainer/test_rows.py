@@ -48,7 +48,9 @@ def recipe(doors, folder, make_model, tokenizer):
     def make(stage):
         weight = {"sft": "pretrain", "lora": "full_sft"}[stage]
         model = make_model(num_hidden_layers=1)
-        save_model(folder / "out" / f"{weight}_32", model, dict(model.named_parameters()), tokenizer, eos_token_ids=[2])
+        save_model(
+            folder / "out" / f"{weight}_32", model.config, model.named_parameters(), tokenizer, eos_token_ids=[2]
+        )
         rows = [{"conversations": row} for row in ROWS.values() for _ in range(5)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "sft_t2t_mini.jsonl").write_text(text, encoding="utf-8")
