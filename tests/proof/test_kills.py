@@ -30,8 +30,8 @@ def test_random_kills_end_in_the_same_bits(engine, stage):
     assert verdict.inside_saves >= 0.3 * verdict.kills, verdict
     assert verdict.is_exact, verdict.line()
     assert verdict.line().endswith("PASS")
-    # an interval, and the steps taken while the next was being written: back-pressure keeps them below another
-    assert verdict.lost_steps < 2 * 3, "more was lost than an interval and one write"
+    # an interval, and the steps taken while the next was being written: the step whose save waits for it is the last one
+    assert verdict.lost_steps <= 2 * 3, "more was lost than an interval and one write"
 
 
 def test_random_kills_of_one_of_two_ranks_or_of_both_end_in_the_same_bits(engine_on_ranks):
