@@ -21,22 +21,18 @@ from groundup.train.engine import TorchEngine
 from groundup.train.gradient_sums import GradientSums
 
 
-def divisor_of_each_micro_batch(monkeypatch):
-    honest = TorchEngine._accumulate
-    monkeypatch.setattr(
-        TorchEngine,
-        "_accumulate",
-        lambda self, part, divisor, seed: honest(self, part, max(1, part.num_loss_tokens), seed),
-    )
+def divisor_of_each_part(method):
+    """Each micro-batch divided by its own tokens, where it is computed by `method`."""
 
+    def plant(monkeypatch):
+        honest = getattr(TorchEngine, method)
+        monkeypatch.setattr(
+            TorchEngine,
+            method,
+            lambda self, part, divisor, number: honest(self, part, max(1, part.num_loss_tokens), number),
+        )
 
-def divisor_of_each_lane(monkeypatch):
-    honest = TorchEngine._sums_in_turn
-    monkeypatch.setattr(
-        TorchEngine,
-        "_sums_in_turn",
-        lambda self, part, divisor, number: honest(self, part, max(1, part.num_loss_tokens), number),
-    )
+    return plant
 
 
 def sums_in_the_order_of_arrival(monkeypatch):
@@ -268,8 +264,8 @@ EXPERT_FAULTS = [
 ]
 
 FAULTS = [
-    ("1×8 rows = 2×4 = 8×1", divisor_of_each_micro_batch),
-    ("two lanes = one lane", divisor_of_each_lane),
+    ("1×8 rows = 2×4 = 8×1", divisor_of_each_part("_accumulate")),
+    ("two lanes = one lane", divisor_of_each_part("_sums_in_turn")),
     ("two lanes = two lanes again", sums_in_the_order_of_arrival),
     ("packed = unpacked", no_walls),
     ("documents do not see each other", walls_one_token_late),

@@ -86,9 +86,8 @@ def open_sink(
     if tracker not in MODULES:
         raise ConfigError("E-SINK", what=f"no tracker {tracker!r}", next=f"give one of {', '.join(MODULES)}")
     if tracker == "trackio":
-        os.environ.setdefault(
-            "TRACKIO_DIR", str(folder)
-        )  # read where it is imported; else its files lie in the user's home
+        # read where it is imported; else its files lie in the user's home
+        os.environ.setdefault("TRACKIO_DIR", str(folder))
     try:
         module = load(MODULES[tracker])
     except ImportError:

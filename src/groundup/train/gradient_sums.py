@@ -52,10 +52,6 @@ class GradientSums:
         finally:
             self._own.missing = set()
 
-    def held_bytes(self) -> int:
-        """Of the gradients that wait for another one."""
-        return sum(gradient.nbytes for held in list(self._held.values()) for gradient in held)
-
     def _take(self, name: str, gradient: Tensor) -> Tensor | None:
         """Hook of a weight: what it gives back is what `torch.autograd.grad` keeps, which is nothing."""
         if name not in getattr(self._own, "missing", ()):
