@@ -83,7 +83,8 @@ def test_the_script_for_sbatch_runs_launch_on_every_node(tmp_path):
     settings = ["run", "my recipe.yaml", "--pretrain.lr", "3e-4", "--name", "it's"]
     script = sbatch_script("r", settings, num_nodes=2, ranks_per_node=8, has_gpus=True)
     assert "#SBATCH --nodes=2\n" in script and "#SBATCH --gpus-per-node=8\n" in script
-    assert "gpus" not in sbatch_script("r", settings, num_nodes=1, ranks_per_node=8, has_gpus=False)
+    alone = sbatch_script("r", settings, num_nodes=1, ranks_per_node=8, has_gpus=False)
+    assert "gpus" not in alone and "HEAD" in script and "HEAD" not in alone and "PORT" not in alone
     stand_ins = {
         "scontrol": "echo first; echo second",
         "srun": 'shift; SLURM_NODEID=1 exec "$@"',

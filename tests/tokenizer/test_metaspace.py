@@ -11,7 +11,7 @@ from groundup.stages.chat_samples import marked_pieces
 from groundup.tokenizer.bpe import TextTokenizer
 from groundup.tokenizer.chat import ChatEncoder
 
-WORDS = "The quick brown fox jumps over the lazy dog and the dog does not mind it sleeps user assistant system says so"
+WORDS = "The quick brown fox jumps over the lazy dog and the dog does not mind it sleeps user assistant system says so in the café's 三百 cafés"
 DECODER = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     *({"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}),
@@ -28,7 +28,17 @@ ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-TEXTS = ["the fox", " the  fox ", "三百 foxes 😀", "a\nb\n\n c\t", "<s> </s> <0x0A>", "", " ", "é\u200d\x00"]
+TEXTS = [
+    "the fox",
+    "the café's cafés",
+    " the  fox ",
+    "三百 foxes 😀",
+    "a\nb\n\n c\t",
+    "<s> </s> <0x0A>",
+    "",
+    " ",
+    "é\u200d\x00",
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -68,6 +78,7 @@ def test_every_text_comes_back(tokenizer):
         assert tokenizer.decode([*tokenizer.encode("fox"), *after]) == "fox" + text
         assert tokenizer.decode(after, goes_on=True) == text
     sizes = tokenizer.token_bytes()
+    assert not all(name.replace("▁", "").isascii() for name in tokenizer.plain.get_vocab())
     for text in TEXTS:
         assert sizes[tokenizer.encode(text, goes_on=True)].sum() == len(text.encode()), repr(text)
 
