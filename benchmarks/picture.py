@@ -93,7 +93,9 @@ def draw_time(axes: Axes) -> None:
         axes.plot(times, [float(one) for _, one in shares], "o-", color=OURS, markersize=4, linewidth=1.4)
         axes.plot([minutes], [best], "s", color=INK, markersize=6)
         if "no bf16" in row["machine"]:  # a slower machine: beside its own peer only
-            axes.annotate("fp32", (minutes, best), (0, 8), textcoords="offset points", ha="center", fontsize=8, color=INK)
+            axes.annotate(
+                "fp32", (minutes, best), (0, 8), textcoords="offset points", ha="center", fontsize=8, color=INK
+            )
     axes.plot([], [], "o-", color=OURS, label="groundup")
     axes.plot([], [], "s", color=INK, label="Trainer, its best rate")
     axes.set_xscale("log")

@@ -45,11 +45,26 @@ def test_a_sum_of_losses_comes_back_as_one():
     assert all(draw.power == 0 for draw in fitted.draws)
 
 
+@pytest.mark.parametrize("power", [POWER, 0.0])
+def test_a_floor_that_is_given_stays_and_the_rest_is_fitted_to_it(power):
+    law = PerplexityLaw(E=1.5, A=80, B=440, alpha=0.30, beta=0.45, power=power)
+    runs = made_runs(law, noise=0.003)
+    fitted = fit_law(runs, floor=1.5, power=power, powers=(power, power), draws=30)
+    assert pytest.approx(1.5, rel=1e-12) == fitted.law.E and fitted.num_fitted == 4
+    assert fitted.law.loss(*TARGET) == pytest.approx(law.loss(*TARGET), rel=0.01)
+    assert {round(draw.E, 9) for draw in fitted.draws} == {1.2, 1.5, 1.8}, "it is known to a fifth"
+    free = fit_law(runs, power=power, powers=(power, power), draws=30)
+    assert free.num_fitted == 5 and abs(free.law.E / 1.5 - 1) > 0.01, "such runs do not tell the floor"
+    exact = fit_law(made_runs(law), floor=1.5, power=power, draws=3)
+    for name in ("A", "B", "alpha", "beta"):
+        assert getattr(exact.law, name) == pytest.approx(getattr(law, name), rel=0.01), name
+
+
 def test_near_its_floor_the_law_is_a_sum_of_losses():
     law = PerplexityLaw(E=2.0, A=80, B=440, alpha=0.30, beta=0.45)
     scale = POWER * math.exp(POWER * law.E)
     summed = LossLaw(E=2.0, A=80 / scale, B=440 / scale, alpha=0.30, beta=0.45)
-    assert law.loss(1e12, 1e12) == pytest.approx(summed.loss(1e12, 1e12), rel=1e-4)
+    assert law.loss(1e13, 1e13) == pytest.approx(summed.loss(1e13, 1e13), rel=1e-4)
     assert law.loss(1e5, 1e5) < 0.9 * summed.loss(1e5, 1e5), "far above it, not"
 
 

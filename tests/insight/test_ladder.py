@@ -66,7 +66,7 @@ def test_a_ladder_stands_below_the_full_run():
     assert [rung.flops for rung in rungs] == sorted(rung.flops for rung in rungs)
     assert 8 <= FULL.rung.flops / rungs[-1].flops < 8.1
     assert max(sizes) == num_parameters(SHAPE) and max(sizes) / min(sizes) == pytest.approx(8, rel=0.2)
-    assert 3500 < max(lengths) <= 4000 and min(lengths) == 500
+    assert 3500 < max(lengths) <= 4000 and min(lengths) == 250
     assert {rung.batch_tokens for rung in rungs} == {4096}
     half = rungs_below(FULL, 1 / 4)
     assert half[-1].flops / rungs[-1].flops == pytest.approx(1 / 4, rel=0.2)

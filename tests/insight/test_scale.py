@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -11,13 +12,14 @@ from groundup.base.artifact import read_manifest
 from groundup.insight import ladder, scale
 from groundup.insight.fit import fit_law, predicted_loss
 from groundup.insight.forecast import best_size, fit_outcomes, forecast
-from groundup.insight.laws import PerplexityLaw
+from groundup.insight.laws import FLOOR_NATS_A_BYTE, PerplexityLaw
 from groundup.insight.rungs import Outcome
 from groundup.report.page import foretold_words
 from groundup.report.read import read_run
 from groundup.train.pace import Pace
 
-LAW = PerplexityLaw(E=1.0, A=80, B=440, alpha=0.30, beta=0.45)
+BYTES_A_TOKEN = 2.5
+LAW = PerplexityLaw(E=FLOOR_NATS_A_BYTE * BYTES_A_TOKEN, A=80, B=440, alpha=0.30, beta=0.45)
 UNIQUE = 1e9
 
 
@@ -26,7 +28,8 @@ def made_outcome(parameters, tokens, *, law=LAW, unique=UNIQUE):
     end = predicted_loss(law, parameters, tokens, unique)
     shares = [number / 12 for number in range(1, 13)]
     above = 0.3 * (1e5 / tokens) ** 0.1
-    return Outcome(parameters, tokens, unique, tuple((one, end * (1 + above * (1 - one) ** 2)) for one in shares))
+    looks = tuple((one, end * (1 + above * (1 - one) ** 2)) for one in shares)
+    return Outcome(parameters, tokens, unique, looks, BYTES_A_TOKEN)
 
 
 OUTCOMES = [made_outcome(size, tokens) for size in (1e5, 2e5, 4e5) for tokens in (1e5, 2e5, 4e5, 8e5)]
@@ -40,7 +43,7 @@ def test_a_curve_is_foretold_with_its_band():
     assert told.shares[4] == 0.5 and told.loss[4] == pytest.approx(real[0.5], rel=0.01)
     assert list(told.loss) == sorted(told.loss, reverse=True)
     assert all(low < loss < high for low, loss, high in zip(told.low, told.loss, told.high, strict=True))
-    noisy = [Outcome(one.parameters, one.tokens, UNIQUE, tuple((share, loss * (1 + 0.01 * (-1) ** number)) for share, loss in one.looks)) for number, one in enumerate(OUTCOMES)]  # fmt: skip
+    noisy = [replace(one, looks=tuple((share, loss * (1 + 0.01 * (-1) ** number)) for share, loss in one.looks)) for number, one in enumerate(OUTCOMES)]  # fmt: skip
     wide = forecast(fit_outcomes(noisy), noisy, 1.2e6, 2.4e6, UNIQUE)
     assert wide.high[-1] / wide.low[-1] > 0.01 + told.high[-1] / told.low[-1]
 
@@ -85,7 +88,7 @@ def test_the_command_says_the_law_and_keeps_it(tmp_path, monkeypatch):
     said = groundup("scale", path, "--time", "2m", "--budget", "1e13FLOPs", "--runs-dir", runs)
     assert said.code == 0, said.err
     assert (
-        "law  exp(0.4 L) = exp(0.4 × 1.0" in said.out
+        "law  exp(0.3 L) = exp(0.3 × 1.09)" in said.out
         and "as a sum of losses: L =" in said.out
         and "full run" in said.out
         and "best for 10.0 TFLOP" in said.out

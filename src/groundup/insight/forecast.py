@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.insight.fit import FittedLaw, Observation, fit_law, predicted_loss
-from groundup.insight.laws import PerplexityLaw
+from groundup.insight.laws import FLOOR_NATS_A_BYTE, PerplexityLaw
 from groundup.insight.rungs import Outcome
 
 SHARES = tuple(number / 10 for number in range(1, 11))
@@ -36,8 +36,12 @@ def observations(outcomes: Sequence[Outcome]) -> list[Observation]:
 
 
 def fit_outcomes(outcomes: Sequence[Outcome]) -> FittedLaw:
-    """The law of finished runs."""
-    return fit_law(observations(outcomes))
+    """The law of finished runs, its floor that of the text (FLOOR_NATS_A_BYTE).
+
+    Runs of minutes stand too far above a floor to tell where it is: left free it went to either end of its range, and the
+    losses that were foretold with it (docs/scale.md).
+    """
+    return fit_law(observations(outcomes), floor=FLOOR_NATS_A_BYTE * outcomes[0].bytes_a_token)
 
 
 def forecast(

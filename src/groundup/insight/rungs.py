@@ -27,6 +27,8 @@ class Outcome:
     unique_tokens: float
     looks: tuple[tuple[float, float], ...]
     """(share of the run, nats a token), the last at its end."""
+    bytes_a_token: float
+    """Of the held-out text."""
 
     @property
     def loss(self) -> float:
@@ -57,16 +59,17 @@ def outcome_of(run: Path, full: FullRun) -> Outcome:
     """What a finished pretraining came to."""
     stage = read_run(run).stages[0]
     weights = {name: entry.weight for name, entry in full.config.mixture.items()}
-    points = weighted_looks(stage, weights)
-    looks = tuple((step / stage.num_steps, value) for step, value in zip(points.steps, points.values, strict=True))
+    losses, bits = (weighted_looks(stage, figure, weights) for figure in ("loss", "bits_per_byte"))
+    looks = tuple((step / stage.num_steps, value) for step, value in zip(losses.steps, losses.values, strict=True))
     parameters = stage.figure("num_active_parameters") or stage.figure("num_parameters")
     assert parameters is not None and looks[-1][0] == 1.0
-    return Outcome(parameters, float(stage.summary["tokens"]), full.unique_tokens, looks)
+    bytes_a_token = losses.values[-1] / math.log(2) / bits.values[-1]
+    return Outcome(parameters, float(stage.summary["tokens"]), full.unique_tokens, looks, bytes_a_token)
 
 
-def weighted_looks(stage: StageRecord, weights: Mapping[str, float]) -> Points:
-    """Loss on held-out rows at each look, one of several sources by their weights."""
-    sets = stage.validation["loss"]
+def weighted_looks(stage: StageRecord, figure: str, weights: Mapping[str, float]) -> Points:
+    """A figure of held-out rows at each look, one of several sources by their weights."""
+    sets = stage.validation[figure]
     steps = sorted({step for points in sets.values() for step in points.steps})
     values = [_weighted(sets, step, weights) for step in steps]
     return Points(tuple(steps), tuple(values))
