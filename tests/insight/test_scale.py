@@ -16,6 +16,7 @@ from groundup.insight.laws import FLOOR_NATS_A_BYTE, PerplexityLaw
 from groundup.insight.rungs import Outcome
 from groundup.report.page import foretold_words
 from groundup.report.read import read_run
+from groundup.tokenizer.bpe import TextTokenizer
 from groundup.train.pace import Pace
 
 BYTES_A_TOKEN = 2.5
@@ -118,6 +119,10 @@ def test_a_real_ladder_is_run_once_and_foretells_the_run(tmp_path, monkeypatch):
     assert len(folders) >= ladder.FEWEST_RUNGS
     manifests = [read_manifest(runs / "r" / "scale" / name / "pretrain") for name in folders]
     assert all(manifests) and len({json.dumps(one.config, sort_keys=True) for one in manifests}) == len(folders)
+    text = (tmp_path / "text.txt").read_text()
+    bytes_a_token = len(text) / len(TextTokenizer(runs / "r" / "tokenizer").encode(text))
+    floor = json.loads((runs / "r" / "scale" / "law.json").read_text())["law"]["E"]
+    assert floor == pytest.approx(FLOOR_NATS_A_BYTE * bytes_a_token, rel=0.1)
     before = signatures(runs / "r" / "scale")
     again = groundup(*command)
     changed = {name for name, value in signatures(runs / "r" / "scale").items() if before.get(name) != value}
