@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from groundup.insight import fit
 from groundup.insight.fit import Observation, fit_law, predicted_loss
 from groundup.insight.laws import POWER, TOKENS_HALF_LIFE, LossLaw, PerplexityLaw
 
@@ -58,6 +59,20 @@ def test_a_floor_that_is_given_stays_and_the_rest_is_fitted_to_it(power):
     exact = fit_law(made_runs(law), floor=1.5, power=power, draws=3)
     for name in ("A", "B", "alpha", "beta"):
         assert getattr(exact.law, name) == pytest.approx(getattr(law, name), rel=0.01), name
+
+
+def test_what_is_not_fitted_costs_no_degree_of_freedom(monkeypatch):
+    """Eight runs: the scatter, and the residuals that the draws are made of, are for four constants or for five."""
+    runs, samples = made_runs(LAWS[0], noise=0.01)[::2], []
+    minimised = fit._minimised
+    monkeypatch.setattr(fit, "_minimised", lambda places, observed, *rest: samples.append(observed) or minimised(places, observed, *rest))  # fmt: skip
+    for floor, fitted_constants in ((LAWS[0].E, 4), (None, 5)):
+        samples.clear()
+        fitted = fit_law(runs, floor=floor, powers=(POWER, POWER), draws=1200)
+        left = np.array(fitted.residuals)
+        assert fitted.scatter == pytest.approx(math.sqrt((left**2).sum() / (8 - fitted_constants)))
+        drawn = np.concatenate([some - some.mean(axis=0) for some in samples if np.ptp(some, axis=0).any()])
+        assert drawn.std() / left.std() == pytest.approx(math.sqrt(8 / (8 - fitted_constants)), rel=0.04)
 
 
 def test_near_its_floor_the_law_is_a_sum_of_losses():

@@ -86,7 +86,7 @@ class Form:
     def num_fitted(self) -> int:
         return NUM_CONSTANTS - (self.floor is not None)
 
-    def places_of_floor(self) -> tuple[float, float]:
+    def range_of_floor(self) -> tuple[float, float]:
         """Least and most of the third constant: log E, or E times the power where there is one."""
         least, most = (LEAST_E, math.inf) if self.floor is None else (self.floor, self.floor)
         return (math.log(least), math.log(most)) if self.power == 0 else (self.power * least, self.power * most)
@@ -213,5 +213,5 @@ def _minimised(places: Floats, observed: Floats, constants: Floats, form: Form) 
 def _clipped(constants: Floats, form: Form) -> Floats:
     """Within the ranges of the constants."""
     a, b, floor, alpha, beta = constants.T
-    floor = np.clip(floor, *form.places_of_floor())
+    floor = np.clip(floor, *form.range_of_floor())
     return np.stack([a, b, floor, np.clip(alpha, *EXPONENTS), np.clip(beta, *EXPONENTS)], axis=1)

@@ -38,8 +38,8 @@ def observations(outcomes: Sequence[Outcome]) -> list[Observation]:
 def fit_outcomes(outcomes: Sequence[Outcome]) -> FittedLaw:
     """The law of finished runs, its floor that of the text (FLOOR_NATS_A_BYTE).
 
-    Runs of minutes stand too far above a floor to tell where it is: left free it went to either end of its range, and the
-    losses that were foretold with it (docs/scale.md).
+    Runs of minutes stand too far above a floor to tell where it is: left free it went to the end of its range, and the
+    losses that were foretold went astray with it (docs/scale.md).
     """
     return fit_law(observations(outcomes), floor=FLOOR_NATS_A_BYTE * outcomes[0].bytes_a_token)
 

@@ -54,7 +54,7 @@ POWER = 0.3
 """Of the perplexity, in which what parameters and tokens leave adds up for small models (docs/scale.md)."""
 FLOOR_NATS_A_BYTE = 1.6934 / 3.9
 """What no model takes away: E of Hoffmann et al. 2022 over the bytes of a token of their text, MassiveText (Rae et al.,
-arXiv:2112.11446, table 2: bytes over tokens of its parts, weighted as they are sampled)."""
+arXiv:2112.11446: bytes over tokens of its parts, weighted as they are sampled)."""
 
 
 @dataclass(frozen=True)
