@@ -105,7 +105,7 @@ def draw_time(axes: Axes) -> None:
     axes.set_xlabel("minutes of training")
     axes.set_ylabel("bits per byte, held out")
     axes.grid(axis="y", color="#e5e7eb")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="center right")
     axes.set_title("Time to quality", loc="left")
 
 
