@@ -57,6 +57,14 @@ def test_csv_bad_rows_cost_no_other(tmp_path):
     assert rows[1].raw == b"2,b\xffd" and rows[3].raw == b""
 
 
+def test_a_comma_without_quotes_does_not_cut_a_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"n,text\n1,one, two\n2,three,\n3,four\n")
+    rows = read(path)
+    assert as_words(rows) == ["W-CSV", "three", "four"]
+    assert rows[0].raw == b"1,one, two" and "quote a text" in rows[0].detail
+
+
 def test_csv_line_over_the_limit_inside_a_row_spoils_that_row(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'text\n"begin\n' + b"x" * 5_000 + b'\nend"\nnext\n')

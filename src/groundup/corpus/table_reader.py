@@ -46,6 +46,10 @@ def read_csv(file: SourceFile, stream: ByteStream, text_field: str, max_bytes: i
             if fault is not None:
                 raise fault
             assert header is not None
+            if any(values[len(header) :]):  # a comma without quotes would cut the text there
+                raise RowFault(
+                    "W-CSV", f"{len(values)} fields, the header names {len(header)}: quote a text with commas"
+                )
             row = dict(zip(header, values, strict=False))
             yield _as_row(row.get(text_field), row.get("id"), lines, file, text_field)
         except RowFault as caught:
