@@ -52,7 +52,7 @@ def recipe_of(wanted: argparse.Namespace) -> Recipe:
         "seed": wanted.seed,
         "corpus": load_recipe("quickstart").corpus,
         "tokenizer": {"vocab_size": wanted.vocab},
-        "tokens": {"validation_fraction": 0.1},  # 67 documents: of 2 %, 11 of them, one file is a third
+        "tokens": {"validation_fraction": 0.1},  # 67 documents; 2 % are 11, a third of them one file
         "model": shape.model_dump() | {"vocab_size": "auto"},
         "pretrain": pretrain,
     }
