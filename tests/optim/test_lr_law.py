@@ -21,13 +21,13 @@ def test_the_law_in_figures():
 
 @pytest.mark.parametrize(
     ("optimizer", "lr"),
-    [("adamw", adamw_lr(**SIZES)), ("adamw_8bit", adamw_lr(**SIZES)), ("muon", muon_lr(**SIZES) * 2 / 3)],
+    [("adamw", adamw_lr(**SIZES)), ("adamw_8bit", adamw_lr(**SIZES)), ("muon", muon_lr(**SIZES) / 3)],
 )
 def test_auto_becomes_a_number(optimizer, lr):
     found = settled(OptimConfig(optimizer=optimizer, lr="auto", muon_lr="auto"), **SIZES)
     assert found.lr == pytest.approx(lr) and found.muon_lr == pytest.approx(muon_lr(**SIZES))
     given = settled(OptimConfig(optimizer=optimizer, lr="auto", muon_lr=0.03), **SIZES)
-    assert given.muon_lr == 0.03 and given.lr == pytest.approx(0.02 if optimizer == "muon" else lr)
+    assert given.muon_lr == 0.03 and given.lr == pytest.approx(0.01 if optimizer == "muon" else lr)
     assert settled(OptimConfig(optimizer=optimizer), **SIZES) == OptimConfig(optimizer=optimizer)
 
 

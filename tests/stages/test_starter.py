@@ -110,7 +110,6 @@ def test_the_recipe_says_what_was_planned(machine, tmp_path, capsys, chats):
     assert recipe.model.model_copy(update={"vocab_size": plan.vocabulary}) == shape_of(
         plan.hidden, plan.layers, plan.vocabulary
     )
-    assert recipe.model.rope_theta == 4 * recipe.pretrain.row_length
     assert (recipe.sft is None) == (chats is None)
     if chats:
         assert recipe.sft.lr < 0.5 * recipe.sft.muon_lr and recipe.sft.replay_every == 5

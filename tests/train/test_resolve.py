@@ -384,7 +384,7 @@ def test_an_older_run_s_settings_are_those_the_recipe_says_outright(tmp_path, ma
 def test_rates_are_settled_once(tmp_path, make_config):
     auto = make_config(lr="auto", muon_lr="auto")
     first = resolved_in(tmp_path, auto, rows_per_epoch=10, matrix_parameters=1_000_000)
-    assert first.muon_lr == pytest.approx(0.0154 * 8 / 31.6227766) and first.lr == pytest.approx(first.muon_lr * 2 / 3)
+    assert first.muon_lr == pytest.approx(0.0154 * 8 / 31.6227766) and first.lr == pytest.approx(first.muon_lr / 3)
     # with another law or size a run that goes on keeps its rates, unless they are changed in the recipe
     again = resolved_in(tmp_path, auto, rows_per_epoch=10, matrix_parameters=9)
     assert (again.lr, again.muon_lr) == (first.lr, first.muon_lr)

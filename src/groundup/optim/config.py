@@ -43,7 +43,7 @@ class OptimConfig(Config):
     """Whose 8-bit AdamW; auto takes bitsandbytes where it is installed."""
     lr: PositiveFloat | Literal["auto"] = 3e-3
     """Peak learning rate; under muon, that of AdamW's parameters. adafactor's is relative to the size of each tensor.
-    auto takes 0.036 × sqrt(batch tokens / parameters), under muon two thirds of muon_lr."""
+    auto takes 0.036 × sqrt(batch tokens / parameters), under muon a third of muon_lr."""
     muon_lr: PositiveFloat | Literal["auto"] = 0.02
     """Peak learning rate of Muon's matrices; auto takes 0.0154 × sqrt(batch tokens) / parameters^(1/4)."""
     embedding_lr: PositiveFloat | None = None

@@ -33,9 +33,6 @@ LADDER = ((64, 3), (96, 4), (128, 4), (192, 5), (256, 6), (384, 8), (512, 8), (6
 """Width and layers of the shapes to choose from."""
 VOCABULARIES = ((1 << 20, 1024), (4 << 20, 2048), (64 << 20, 4096), (512 << 20, 8192), (4 << 30, 16384))
 """Bytes of text below which a tokenizer of so many ids is trained; 32,768 from there on."""
-ROPE_BASE_A_POSITION = 4
-"""Base of the rotary frequencies over the row length: 10,000 leaves half of a head's turns too slow to tell neighbours apart
-in rows of 256 (docs/techniques.md); at 2,048 it is about the usual one."""
 BYTES_A_TOKEN = {1024: 2.5, 2048: 2.9, 4096: 3.2, 8192: 3.6, 16384: 3.9, 32768: 4.2}
 """What tokenizers of these sizes reached on English text and on Python; only to tell a long text from a short one."""
 EXPANSION = 3.0
@@ -54,8 +51,8 @@ SHARE_OF_TRAINING = 0.9
 """Of the time, what is left beside cleaning, looks at held-out text and saving."""
 ROWS_LOOKED_AT = 1000
 CHAT_ROW, CHAT_BATCH = 1024, 4096
-SFT_SHARE, SFT_ADAMW_SHARE = 1 / 3, 1 / 3
-"""Rates of tuning: Muon's over pretraining's, and AdamW's over Muon's. Hotter ones give answers that do not end."""
+SFT_SHARE = 1 / 3
+"""Of pretraining's rates."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,9 @@ def plan_for(num_bytes: int, seconds: float, log: Log) -> Plan:
     best: Plan | None = None
     for hidden, layers in LADDER:
         shape = shape_of(hidden, layers, vocabulary)
+        row_length = 256 if hidden <= 256 else 512
         try:
-            plan = _planned(shape, row_length_of(hidden), num_bytes, seconds)
+            plan = _planned(shape, row_length, num_bytes, seconds)
         except DoesNotFit:
             if best is None:
                 raise
@@ -151,13 +149,8 @@ def plan_for(num_bytes: int, seconds: float, log: Log) -> Plan:
     return best
 
 
-def row_length_of(hidden: int) -> int:
-    """Tokens of a row for a model of this width."""
-    return 256 if hidden <= 256 else 512
-
-
 def shape_of(hidden: int, layers: int, vocabulary: int) -> ModelConfig:
-    """A shape of the ladder: heads of 64, or two in a narrow model; half of them for keys where that goes."""
+    """A shape of the ladder: heads of 64, or two in a narrow model; a third of them for keys where that goes."""
     heads = max(2, hidden // 64)
     return ModelConfig(
         hidden_size=hidden,
@@ -166,7 +159,6 @@ def shape_of(hidden: int, layers: int, vocabulary: int) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=next(count for count in (heads // 2, heads) if count and heads % count == 0),
         vocab_size=vocabulary,
-        rope_theta=ROPE_BASE_A_POSITION * row_length_of(hidden),
     )
 
 
@@ -234,7 +226,6 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
         "num_key_value_heads",
     ):
         yield f"  {field}: {getattr(shape, field)}"
-    yield f"  rope_theta: {shape.rope_theta:g}  # {ROPE_BASE_A_POSITION} times the row length"
     yield "pretrain:"
     yield f"  duration: {plan.tokens} tokens  # {steps:,} steps"
     yield f"  row_length: {plan.row_length}"
@@ -250,13 +241,13 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
             num_parameters=plan.parameters,
             batch_size_tokens=plan.batch_tokens,
         )
-        assert optim.muon_lr != "auto"
+        assert optim.lr != "auto" and optim.muon_lr != "auto"
         yield from ("sft:", f"  data: {_quoted(chats)}", "  duration: 2 epochs")
         yield f"  row_length: {CHAT_ROW}  # several chats share a row"
         yield f"  batch_size_tokens: {CHAT_BATCH}"
         yield "  overlong: drop_turns  # a longer chat loses its oldest turns"
-        yield f"  lr: {SFT_ADAMW_SHARE * SFT_SHARE * optim.muon_lr:.1e}"
-        yield f"  muon_lr: {SFT_SHARE * optim.muon_lr:.1e}  # a third of pretraining's"
+        yield f"  lr: {SFT_SHARE * optim.lr:.1e}  # a third of pretraining's"
+        yield f"  muon_lr: {SFT_SHARE * optim.muon_lr:.1e}"
         yield "  schedule: linear"
         yield "  replay_every: 5  # rows of the text, so that it is not forgotten"
     yield from ("eval:", f"  window: {plan.row_length}", f"  stride: {plan.row_length // 2}")
