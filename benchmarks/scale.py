@@ -44,7 +44,8 @@ def recipe_of(wanted: argparse.Namespace) -> Recipe:
     steps = wanted.tokens // wanted.batch
     pretrain = {
         **{"duration": f"{steps} steps", "row_length": 256, "batch_size_tokens": wanted.batch},
-        **{"lr": "auto", "muon_lr": "auto", "schedule": "linear", "lr_floor": 0.0, "max_validation_rows": 256},
+        **{"lr": "auto", "muon_lr": "auto", "muon_weight_decay": "auto", "schedule": "linear", "lr_floor": 0.0},
+        **{"max_validation_rows": 256},
         **{"validate_every": f"{steps // 10} steps", "checkpoint_every": f"{steps // 10} steps"},
     }
     values = {

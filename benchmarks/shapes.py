@@ -36,7 +36,8 @@ def ours(wanted: argparse.Namespace) -> Figures:
 
     def config(num_steps: int) -> TrainConfig:
         sizes = {"row_length": ROW_LENGTH, "batch_size_tokens": BATCH_TOKENS, "duration": f"{num_steps} steps"}
-        return TrainConfig.model_validate(sizes | {"lr": "auto", "muon_lr": "auto", "schedule": "linear"})
+        rates = {"lr": "auto", "muon_lr": "auto", "muon_weight_decay": "auto", "schedule": "linear"}
+        return TrainConfig.model_validate(sizes | rates)
 
     _, timing = train_ours(config(PROBE_STEPS), shape, source, seed=wanted.seed)
     a_step = statistics.median(np.diff([line["elapsed_seconds"] for line in timing])[WARM_STEPS:])

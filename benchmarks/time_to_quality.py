@@ -50,6 +50,7 @@ def ours(wanted: argparse.Namespace) -> Figures:
             batch_size_tokens=BATCH_TOKENS,
             lr="auto",
             muon_lr="auto",
+            muon_weight_decay="auto",
             schedule="linear",
         )
         model, timing = train_ours(config, shape, source, seed=wanted.seed)

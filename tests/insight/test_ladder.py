@@ -111,6 +111,11 @@ def test_a_rung_s_recipe_is_the_recipe_but_for_its_size():
     assert made.pretrain.lr == "auto", "the law moves it"
     law = muon_lr(rung.parameters, 4096) / muon_lr(num_parameters(SHAPE), 4096)
     assert made.pretrain.muon_lr == pytest.approx(0.02 * law) and law > 1
+    assert made.pretrain.muon_weight_decay == 0
+    decaying = replace(FULL, config=CONFIG.model_copy(update={"muon_weight_decay": 0.01}))
+    decay = rung_recipe(recipe, decaying, rung).pretrain.muon_weight_decay
+    share = decay * made.pretrain.muon_lr * rung.steps
+    assert share == pytest.approx(0.01 * 0.02 * FULL.steps), "a decay given as a number takes the same share of the run"
     assert made.pretrain.schedule == CONFIG.schedule and made.pretrain.row_length == 256
     assert Recipe.model_validate(made.model_dump()) == made
 

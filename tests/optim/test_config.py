@@ -17,7 +17,7 @@ BAD = {
     "betas": [(0.9, 1.0), (-0.1, 0.9), (1.5, 0.9), (0.9,), (0.9, math.nan), 0.9],
     "eps": [0, -1e-8, math.inf],
     "weight_decay": [-0.1, math.inf],
-    "muon_weight_decay": [-0.1],
+    "muon_weight_decay": [-0.1, "Auto"],
     "muon_momentum": [1.0, -0.1],
     "sgd_momentum": [1.0, -0.1, math.nan],
     "ema_decay": [0, 1, 1.5, -0.9, math.nan],

@@ -395,6 +395,18 @@ def test_rates_are_settled_once(tmp_path, make_config):
     assert again.settle(auto).lr == first.lr and auto.lr == "auto"
 
 
+def test_a_decay_is_settled_once_by_the_run_s_length(tmp_path, make_config):
+    sizes = {"rows_per_epoch": 10, "matrix_parameters": 1_000_000}
+    auto = make_config(muon_lr=0.02, muon_weight_decay="auto", duration="100 steps")
+    first = resolved_in(tmp_path, auto, **sizes)
+    assert first.muon_weight_decay == pytest.approx(4 / (0.02 * 100))
+    assert first.settle(auto).muon_weight_decay == first.muon_weight_decay
+    longer = make_config(muon_lr=0.02, muon_weight_decay="auto", duration="200 steps")
+    assert resolved_in(tmp_path, longer, **sizes).muon_weight_decay == first.muon_weight_decay, "what began goes on"
+    hotter = make_config(muon_lr=0.04, muon_weight_decay="auto", duration="200 steps")
+    assert resolved_in(tmp_path, hotter, **sizes).muon_weight_decay == pytest.approx(4 / (0.04 * 200))
+
+
 def test_the_maker_of_8_bits_is_kept(tmp_path, make_config, monkeypatch):
     config = make_config(optimizer="adamw_8bit")
     assert resolved_in(tmp_path, config, rows_per_epoch=10, matrix_parameters=9).adamw_8bit_maker == "bitsandbytes"

@@ -254,7 +254,7 @@ def rung_recipe(recipe: Recipe, full: FullRun, rung: Rung) -> Recipe:
 
 
 def _rates(full: FullRun, rung: Rung) -> dict[str, float]:
-    """Rates that the recipe gives as numbers, moved to the rung's size and batch as the law of `lr: auto` moves."""
+    """Rates and a decay that the recipe gives as numbers, moved to the rung's size, batch and length as the laws of `auto` move."""
     config = full.config
 
     def moved(law: Callable[[int, int], float]) -> float:
@@ -265,4 +265,7 @@ def _rates(full: FullRun, rung: Rung) -> dict[str, float]:
     factor = moved(muon_lr if config.optimizer == "muon" else adamw_lr)
     names = ("lr", "muon_lr", "embedding_lr", "vector_lr")
     given = {name: getattr(config, name) for name in names}
-    return {name: value * factor for name, value in given.items() if isinstance(value, float)}
+    rates = {name: value * factor for name, value in given.items() if isinstance(value, float)}
+    if config.optimizer != "muon" or config.muon_weight_decay == "auto":
+        return rates
+    return rates | {"muon_weight_decay": config.muon_weight_decay * full.steps / rung.steps / factor}

@@ -58,6 +58,7 @@ def _peak_lr(group: Group, kind: Kind, config: OptimConfig) -> float:
 
 def _weight_decay(group: Group, kind: Kind, config: OptimConfig) -> float:
     if kind == "muon":
+        assert config.muon_weight_decay != "auto", "settle the decay before building the optimizers"
         return config.muon_weight_decay
     decays = {"embeddings": config.decay_embeddings, "vectors": config.decay_vectors}.get(group, True)
     return config.weight_decay if decays else 0.0

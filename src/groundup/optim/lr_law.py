@@ -1,4 +1,4 @@
-"""What `lr: auto` and `muon_lr: auto` become: a law in parameters and batch, with constants measured on this project."""
+"""What `lr`, `muon_lr` and `muon_weight_decay` become at `auto`: laws with constants measured on this project."""
 
 import math
 
@@ -8,6 +8,8 @@ ADAMW_CONSTANT = 0.036
 MUON_CONSTANT = 0.0154
 MUON_SHARE = 1 / 3
 """AdamW's rate beside Muon, as a share of Muon's: so the sweep that found the constant had it."""
+MUON_DECAY = 4.0
+"""Peak rate × decay × steps."""
 
 
 def adamw_lr(num_parameters: int, batch_size_tokens: int) -> float:
@@ -29,10 +31,22 @@ def muon_lr(num_parameters: int, batch_size_tokens: int) -> float:
     return MUON_CONSTANT * math.sqrt(batch_size_tokens) / num_parameters**0.25
 
 
-def settled(config: OptimConfig, *, num_parameters: int, batch_size_tokens: int) -> OptimConfig:
-    """The section with its rates as numbers; `num_parameters` counts those in matrices, a tied head once."""
+def muon_weight_decay(muon_lr: float, num_steps: int) -> float:
+    """Decay of Muon's matrices: 4 / (peak rate × steps), so that a run of any length forgets the same share of its way.
+
+    The product of rate, decay and steps as the one figure to choose: Wang & Aitchison, arXiv:2405.13698. Without decay the
+    matrices grow with every step of one size, and the later steps turn them ever less.
+    """
+    return MUON_DECAY / (muon_lr * num_steps)
+
+
+def settled(config: OptimConfig, *, num_parameters: int, batch_size_tokens: int, num_steps: int) -> OptimConfig:
+    """The section with its rates and its decay as numbers; `num_parameters` counts those in matrices, a tied head once."""
     muon = muon_lr(num_parameters, batch_size_tokens) if config.muon_lr == "auto" else config.muon_lr
     lr = config.lr
     if lr == "auto":
         lr = MUON_SHARE * muon if config.optimizer == "muon" else adamw_lr(num_parameters, batch_size_tokens)
-    return config.model_copy(update={"lr": lr, "muon_lr": muon})
+    decay = config.muon_weight_decay
+    if decay == "auto":
+        decay = muon_weight_decay(muon, num_steps)
+    return config.model_copy(update={"lr": lr, "muon_lr": muon, "muon_weight_decay": decay})

@@ -77,4 +77,8 @@ class FinetuneConfig(TrainConfig, AdapterConfig):
             raise ValueError(
                 "lr: auto is a law for pretraining; fine-tuning needs a number, such as a third of its rate"
             )
+        if self.muon_weight_decay == "auto":
+            raise ValueError(
+                "muon_weight_decay: auto is a law for pretraining, it would undo what a model has learned; give a number, such as 0"
+            )
         return self

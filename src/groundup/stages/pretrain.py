@@ -150,9 +150,9 @@ def check_positions(shape: ModelConfig, row_length: int) -> None:
 
 
 def _rates_found(training: TrainingRun) -> str:
-    """What `lr: auto` and `muon_lr: auto` became."""
+    """What rates and a decay at `auto` became."""
     asked, found = training.job.config, training.config
-    names = [name for name in ("lr", "muon_lr") if getattr(asked, name) == "auto"]
+    names = [name for name in ("lr", "muon_lr", "muon_weight_decay") if getattr(asked, name) == "auto"]
     return "".join(
         f", {name} {getattr(found, name):.2g}" for name in names if name == "lr" or found.optimizer == "muon"
     )

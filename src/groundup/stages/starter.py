@@ -197,6 +197,7 @@ def _section(row_length: int, batch_tokens: int, tokens: int) -> PretrainConfig:
         batch_size_tokens=batch_tokens,
         lr="auto",
         muon_lr="auto",
+        muon_weight_decay="auto",
         checkpoint_every="1 steps",
     )
 
@@ -232,6 +233,7 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
     yield f"  batch_size_tokens: {plan.batch_tokens}"
     yield "  lr: auto  # by the number of parameters and the batch"
     yield "  muon_lr: auto"
+    yield "  muon_weight_decay: auto  # by the number of steps"
     yield "  schedule: linear"
     yield f"  validate_every: {max(1, steps // 10)} steps"
     yield f"  checkpoint_every: {max(1, steps // 10)} steps"
@@ -240,6 +242,7 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
             _section(plan.row_length, plan.batch_tokens, plan.tokens),
             num_parameters=plan.parameters,
             batch_size_tokens=plan.batch_tokens,
+            num_steps=steps,
         )
         assert optim.lr != "auto" and optim.muon_lr != "auto"
         yield from ("sft:", f"  data: {_quoted(chats)}", "  duration: 2 epochs")

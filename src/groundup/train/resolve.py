@@ -57,10 +57,13 @@ PINNED = {
     "warmup_steps": ("warmup", "batch_size_tokens"),
     "lr": ("lr", "muon_lr", "optimizer", "batch_size_tokens"),
     "muon_lr": ("muon_lr", "batch_size_tokens"),
+    "muon_weight_decay": ("muon_weight_decay", "muon_lr", "batch_size_tokens"),
     "adamw_8bit_maker": ("adamw_8bit_maker", "optimizer"),
 }
 """What decides the bits, with the settings it comes from: a resumed run keeps it until one of these is changed. A longer
 duration leaves a warmup in % as it was."""
+SETTLED = ("lr", "muon_lr", "muon_weight_decay", "adamw_8bit_maker")
+"""Settings of the optimizer among them."""
 SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")
 """What is divided among the ranks: a run that goes on with more or fewer of them divides anew."""
 
@@ -82,6 +85,7 @@ class Resolved:
     warmup_steps: int
     lr: float
     muon_lr: float
+    muon_weight_decay: float
     adamw_8bit_maker: Literal["auto", "torchao", "bitsandbytes"] = "auto"
     """Whose 8-bit AdamW; auto where there is none in the run."""
     num_ranks: int = 1
@@ -95,7 +99,7 @@ class Resolved:
 
     def settle(self, config: TrainConfig) -> TrainConfig:
         """The section with the optimizer's settings as they became."""
-        return config.model_copy(update={name: getattr(self, name) for name in ("lr", "muon_lr", "adamw_8bit_maker")})
+        return config.model_copy(update={name: getattr(self, name) for name in SETTLED})
 
 
 def device_of(config: TrainConfig) -> str:
@@ -156,7 +160,12 @@ def resolve(
     refuse_clash({**asked, "precision": precision, "attention": attention})
     if attention == "varlen":
         _refuse_varlen(shape)
-    optim = settled(config, num_parameters=matrix_parameters, batch_size_tokens=config.batch_size_tokens)
+    optim = settled(
+        config,
+        num_parameters=matrix_parameters,
+        batch_size_tokens=config.batch_size_tokens,
+        num_steps=total_steps,
+    )
     num_threads = machine.num_cores() if config.num_threads == "auto" else config.num_threads
     num_threads = kept.get("num_threads", max(1, num_threads // num_local))
     share_rows = -(-batch_rows // mesh.num_row_shares)
@@ -198,6 +207,7 @@ def resolve(
         warmup_steps=warmup_steps,
         lr=kept.get("lr", optim.lr),
         muon_lr=kept.get("muon_lr", optim.muon_lr),
+        muon_weight_decay=kept.get("muon_weight_decay", optim.muon_weight_decay),
         adamw_8bit_maker=kept.get(
             "adamw_8bit_maker", eight_bit_maker(config) if config.optimizer == "adamw_8bit" else "auto"
         ),

@@ -74,7 +74,9 @@ class Subject:
     ) -> TorchEngine:
         """An engine with `model(seed)`, `rows` in a micro-batch."""
         model = self.model(seed)
-        optim = settled(self.optim, num_parameters=model.num_parameters(), batch_size_tokens=rows * ROW_LENGTH)
+        optim = settled(
+            self.optim, num_parameters=model.num_parameters(), batch_size_tokens=rows * ROW_LENGTH, num_steps=1
+        )
         return TorchEngine(model, optim, dtype=dtype, device=self.device, micro_batch_rows=rows, num_lanes=lanes)
 
     def rows(self, num_rows: int = 8, row_length: int = ROW_LENGTH, seed: int = 0) -> RowBatch:
