@@ -49,6 +49,35 @@ def test_a_curve_is_foretold_with_its_band():
     assert wide.high[-1] / wide.low[-1] > 0.01 + told.high[-1] / told.low[-1]
 
 
+def looking_back(outcomes, repeat_loss):
+    """The same, a fifth of their tokens such as can be looked up, with this part of the loss."""
+    return [replace(one, repeat_loss=repeat_loss * one.loss, repeat_share=0.2) for one in outcomes]
+
+
+def test_a_band_is_open_to_what_no_run_of_the_ladder_has_learned():
+    def told_of(outcomes):
+        return forecast(fit_outcomes(outcomes), outcomes, 1.2e6, 2.4e6, UNIQUE)
+
+    plain, able, unable = told_of(OUTCOMES), told_of(looking_back(OUTCOMES, 0.4)), told_of(looking_back(OUTCOMES, 0.9))
+    assert plain == able, "what a run has learned is in the law"
+    assert unable.to_gain == pytest.approx(0.2 * (0.9 - 0.4))
+    assert unable.loss == plain.loss and unable.high == plain.high
+    assert unable.low[-1] == pytest.approx(0.9 * plain.low[-1]) and unable.low[0] > 0.98 * plain.low[0]
+    mixed = told_of([*looking_back(OUTCOMES[:1], 0.4), *looking_back(OUTCOMES[1:], 0.9)])
+    assert mixed.to_gain == 0 and mixed.low == plain.low
+
+
+@pytest.mark.parametrize(("part", "says"), [(0.9, "none of the runs has learned"), (0.4, None), (None, None)])
+def test_it_says_what_no_run_has_learned(part, says):
+    outcomes = OUTCOMES if part is None else looking_back(OUTCOMES, part)
+    curve = forecast(fit_outcomes(outcomes), outcomes, 1.2e6, 2.4e6, UNIQUE)
+    lines = list(scale._looking_back(outcomes, curve))
+    assert [says in line for line in lines] == ([True] if says else [])
+    mixed = [*looking_back(OUTCOMES[:1], 0.4), *looking_back(OUTCOMES[1:], 0.9)]
+    (line,) = scale._looking_back(mixed, forecast(fit_outcomes(mixed), mixed, 1.2e6, 2.4e6, UNIQUE))
+    assert "1 of 12 runs" in line
+
+
 def test_the_best_size_is_the_law_s_until_the_text_runs_out():
     fitted = fit_law([*scale_observations(OUTCOMES)], draws=20)
     best, low, high = best_size(fitted, 1e14, UNIQUE)

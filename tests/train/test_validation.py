@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from groundup.adapters.config import AdapterConfig
 from groundup.adapters.lora import MARK, inject_lora
-from groundup.data.rows import read_batch
-from groundup.train.validation import validation_figures, weighted_loss
+from groundup.data.rows import RowBatch, read_batch
+from groundup.model.segments import Segments
+from groundup.train.validation import repeated_BT, validation_figures, weighted_loss
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 3, 64])
@@ -56,10 +57,49 @@ def test_a_look_is_without_dropout_and_leaves_the_model_training(make_model, mak
 def test_no_bytes_no_bits_and_no_labels_no_figures(make_model, make_rows):
     rows = make_rows()
     sizes = {"max_rows": 2, "micro_batch_rows": 2, "device": "cpu", "token_bytes": None}
-    assert set(validation_figures(make_model(), rows, **sizes)) == {"loss", "perplexity"}
+    figures = set(validation_figures(make_model(), rows, **sizes))
+    assert figures - {"repeat_loss", "repeat_share"} == {"loss", "perplexity"}
     whole = rows.row
     rows.row = lambda index: (whole(index)[0], np.full(16, -100), whole(index)[2])
     assert validation_figures(make_model(), rows, **sizes) == {}
+
+
+def batch_of(tokens, labels, starts):
+    tensors = [torch.tensor(rows) for rows in (tokens, labels, starts)]
+    return RowBatch(tensors[0], tensors[1], Segments(tensors[2]), int((tensors[1] != -100).sum()))
+
+
+def test_a_repeat_is_a_pair_that_stood_before_in_its_document_and_row():
+    batch = batch_of(
+        [[1, 2, 3, 1, 2, 3, 1], [1, 2, 1, 2, 1, 2, 9], [1, 2, 3, 1, 2, 3, 1]],
+        [[2, 3, 1, 2, 3, 1, 4], [2, 1, 2, 1, 2, 9, 9], [2, 3, 1, 2, -100, 1, 2]],
+        [[0, 0, 0, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0]],
+    )
+    wanted = [[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 1]]
+    assert repeated_BT(batch).astype(int).tolist() == wanted
+
+
+def test_the_loss_of_repeats_is_theirs_alone(make_model):
+    model, generator = make_model(), torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 3, (4, 17), generator=generator).tolist()
+    batch = batch_of([row[:-1] for row in tokens], [row[1:] for row in tokens], [[0] * 16] * 4)
+
+    class Rows:
+        rows_per_epoch = 4
+
+        def row(self, index):
+            return tuple(tensor[index].numpy() for tensor in (batch.tokens_BT, batch.labels_BT, batch.segments.starts_BT))  # fmt: skip
+
+    sizes = {"max_rows": 4, "micro_batch_rows": 3, "device": "cpu", "token_bytes": None}
+    figures = validation_figures(model, Rows(), **sizes)
+    with torch.no_grad():
+        logits_BTV = model.logits(batch.tokens_BT, batch.segments)
+    losses_BT = F.cross_entropy(logits_BTV.mT, batch.labels_BT, reduction="none").numpy()
+    is_repeat_BT = repeated_BT(batch)
+    assert 0 < is_repeat_BT.mean() < 1
+    assert figures["repeat_share"] == pytest.approx(is_repeat_BT.mean())
+    assert figures["repeat_loss"] == pytest.approx(losses_BT[is_repeat_BT].mean(), rel=1e-5)
+    assert figures["repeat_loss"] != pytest.approx(figures["loss"], rel=1e-3)
 
 
 def test_one_loss_of_several_sets_follows_their_weights():

@@ -27,7 +27,9 @@ class Forecast:
     """Nats a token, held-out rows."""
     low: tuple[float, ...]
     high: tuple[float, ...]
-    """Between them a share LEVEL of runs is expected to lie."""
+    """Between them a share LEVEL of runs is expected to lie; what a run gains that learns to look back is let into it."""
+    to_gain: float = 0.0
+    """Share of the end's loss that this is; 0 where a run of the ladder has learned it."""
 
 
 def observations(outcomes: Sequence[Outcome]) -> list[Observation]:
@@ -51,7 +53,8 @@ def forecast(
 
     How far a run stands above its end, log(loss at a share / loss at the end), is fitted at each share by a plane over
     log parameters and log tokens. The band holds three things: the law's draws, the runs' scatter around the law, and
-    around that plane.
+    around that plane. Where no run of the ladder has learned to look back, the full run may, all at once, and no law of
+    them tells of it: the band is open downwards by what that takes off, from nothing at the start on.
     """
     first = max(one.looks[0][0] for one in outcomes)
     shares = tuple(share for share in SHARES if share >= first)
@@ -67,11 +70,14 @@ def forecast(
         logs.append(end + mean)
         deviations.append(math.sqrt(spread + variance))
     bounds = [DEVIATIONS * deviation for deviation in deviations]
+    to_gain = 0.0 if any(one.looks_back for one in outcomes) else min(one.to_gain for one in outcomes)
+    gained = [1 - share * to_gain for share in shares]
     return Forecast(
         shares,
         tuple(math.exp(log) for log in logs),
-        tuple(math.exp(log - bound) for log, bound in zip(logs, bounds, strict=True)),
+        tuple(part * math.exp(log - bound) for part, log, bound in zip(gained, logs, bounds, strict=True)),
         tuple(math.exp(log + bound) for log, bound in zip(logs, bounds, strict=True)),
+        to_gain,
     )
 
 

@@ -15,6 +15,11 @@ from groundup.stages.recipe import Recipe
 from groundup.stages.run import TEXT_STAGES, run_stages, stages_of
 from groundup.stages.work import Work
 
+LOOKS_BACK = 0.65
+"""Loss of tokens that stood in the row behind the same token before, as a part of the loss of all, below which a run has
+learned to look them up: before, it is 0.74 to 0.93 in runs of minutes, then it falls to 0.31 to 0.45 (docs/scale.md)."""
+ONCE_LEARNED = 0.4
+"""Where it then lies."""
 TEXT_FOLDERS = ("corpus", "tokenizer", "tokens")
 
 
@@ -29,11 +34,27 @@ class Outcome:
     """(share of the run, nats a token), the last at its end."""
     bytes_a_token: float
     """Of the held-out text."""
+    repeat_loss: float | None = None
+    """At the end, nats a token of those that could be looked up in their row; None where none could."""
+    repeat_share: float = 0.0
+    """Of all tokens."""
 
     @property
     def loss(self) -> float:
         """At the end."""
         return self.looks[-1][1]
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it has learned to look up what followed the same token before; so, too, where nothing is to look up."""
+        return self.repeat_loss is None or self.repeat_loss < LOOKS_BACK * self.loss
+
+    @property
+    def to_gain(self) -> float:
+        """Share of the loss that looking back would take off."""
+        if self.repeat_loss is None or self.looks_back:
+            return 0.0
+        return self.repeat_share * max(0.0, self.repeat_loss / self.loss - ONCE_LEARNED)
 
 
 def full_run(work: Work) -> FullRun:
@@ -64,12 +85,21 @@ def outcome_of(run: Path, full: FullRun) -> Outcome:
     parameters = stage.figure("num_active_parameters") or stage.figure("num_parameters")
     assert parameters is not None and looks[-1][0] == 1.0
     bytes_a_token = losses.values[-1] / math.log(2) / bits.values[-1]
-    return Outcome(parameters, float(stage.summary["tokens"]), full.unique_tokens, looks, bytes_a_token)
+    repeats, shares = (weighted_looks(stage, figure, weights) for figure in ("repeat_loss", "repeat_share"))
+    return Outcome(
+        parameters,
+        float(stage.summary["tokens"]),
+        full.unique_tokens,
+        looks,
+        bytes_a_token,
+        repeats.values[-1] if len(repeats) else None,
+        shares.values[-1] if len(shares) else 0.0,
+    )
 
 
 def weighted_looks(stage: StageRecord, figure: str, weights: Mapping[str, float]) -> Points:
     """A figure of held-out rows at each look, one of several sources by their weights."""
-    sets = stage.validation[figure]
+    sets = stage.validation.get(figure, {})
     steps = sorted({step for points in sets.values() for step in points.steps})
     values = [_weighted(sets, step, weights) for step in steps]
     return Points(tuple(steps), tuple(values))

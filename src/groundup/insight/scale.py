@@ -1,6 +1,6 @@
 """`groundup scale RECIPE`: a ladder of small runs, the law through them, the best size, and the full run's curve."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -141,6 +141,7 @@ def forecast_values(work: Work, ladder: Ladder, curve: Forecast) -> dict[str, An
         "high": curve.high,
         "level": LEVEL,
         "num_runs": len(ladder.rungs),
+        "to_gain": curve.to_gain,
         "compute_ratio": full.rung.flops / ladder.rungs[-1].flops,
     }
 
@@ -170,6 +171,7 @@ def scale_lines(ladder: Ladder, curve: Forecast, flops: float) -> Iterator[str]:
         f"{whole.flops / ladder.rungs[-1].flops:.1f} times the largest of the runs: loss {curve.loss[-1]:.3f} "
         f"({curve.low[-1]:.3f} to {curve.high[-1]:.3f})"
     )
+    yield from _looking_back(ladder.outcomes, curve)
     best, low, high = best_size(fitted, flops, full.unique_tokens)
     yield (
         f"best for {count_words(flops)}FLOP  {count_words(best)} parameters ({count_words(low)} to {count_words(high)}) on "
@@ -179,6 +181,21 @@ def scale_lines(ladder: Ladder, curve: Forecast, flops: float) -> Iterator[str]:
     for factor in FACTORS:
         yield _size_line(law, factor * best, flops, full.unique_tokens, is_best=factor == 1.0)
     yield f"Go on with the recipe itself: its report draws this curve under the real one ({SCALE}/{FORECAST})."
+
+
+def _looking_back(outcomes: Sequence[Outcome], curve: Forecast) -> Iterator[str]:
+    """What a law cannot tell of: whether the full run learns to look up what stands in its row already."""
+    able = sum(one.looks_back for one in outcomes)
+    if curve.to_gain:
+        yield (
+            f"       none of the runs has learned to look up what followed the same token before in its row: if the full run does, it "
+            f"ends up to {100 * curve.to_gain:.0f} % lower than told"
+        )
+    elif able < len(outcomes):
+        yield (
+            f"       {able} of {len(outcomes)} runs have learned to look up what followed the same token before in their row: "
+            "the law goes through both kinds, and is worth less than its interval says"
+        )
 
 
 def _size_line(law: PerplexityLaw, parameters: float, flops: float, unique_tokens: float, *, is_best: bool) -> str:

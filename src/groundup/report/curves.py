@@ -126,6 +126,7 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         ),
         Chart("Perplexity", "perplexity", (Line("train", train_perplexity, 0), *perplexities), has_log_axis=True),
         Chart("Bits per byte", "bits per byte", tuple(_validation_lines(stage, "bits_per_byte"))),
+        Chart("Looking back", "nats per token that repeats a pair", tuple(_validation_lines(stage, "repeat_loss"))),
         Chart("Learning rate", "learning rate", _told_apart(stage.lr)),
         Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, marks, words),
         Chart(

@@ -14,6 +14,8 @@ from groundup.base.files import read_json
 from groundup.report.forecast import Foretold, read_foretold
 
 TRAINING_STAGES = ("pretrain", "sft", "lora")
+LOOKED_AT = ("loss", "perplexity", "bits_per_byte", "repeat_loss", "repeat_share")
+"""Figures of a look at held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class StageRecord:
     audit: Mapping[str, Points]
     """What a fine-tuning asks the live model at its looks: `stop_rate`, `base_bits_per_byte` and others."""
     validation: Mapping[str, Mapping[str, Points]]
-    """Figure (`loss`, `perplexity`, `bits_per_byte`), then name of the validation set."""
+    """Figure of LOOKED_AT, then name of the validation set."""
     samples: tuple[Sample, ...]
     events: tuple[Event, ...]
     examples: tuple[Example, ...]
@@ -229,7 +231,7 @@ def _stage(run: Path, name: str, settings: Mapping[str, Any]) -> StageRecord | N
         figure: {
             name: points for name in _names(metrics, "val") if len(points := _points(metrics, "val", name, figure))
         }
-        for figure in ("loss", "perplexity", "bits_per_byte")
+        for figure in LOOKED_AT
     }
     return StageRecord(
         name=name,

@@ -25,7 +25,8 @@ def validation_figures(
     poll: Callable[[], None] = lambda: None,
     losses: Callable[[RowBatch], LossSums] | None = None,
 ) -> dict[str, float]:
-    """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known.
+    """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known;
+    repeat_loss and repeat_share of the tokens that could be looked up in their row (`repeated_BT`), where there are any.
 
     `losses` computes a batch where the model does not stand whole on one rank. `poll`, called before each
     micro-batch, raises to stop. Bits per byte count only tokens that stand for bytes: an end-of-text is none.
@@ -34,6 +35,7 @@ def validation_figures(
     model.eval()
     num_rows = min(max_rows, source.rows_per_epoch)
     loss_sum = byte_loss_sum = 0.0
+    repeat_sum, num_repeats = 0.0, 0
     num_tokens = num_bytes = 0
     for begin in range(0, num_rows, micro_batch_rows):
         try:
@@ -48,6 +50,9 @@ def validation_figures(
             sums = losses(batch)
         loss_sum += float(sums.nll_sum)
         num_tokens += sums.num_tokens
+        is_repeat_BT = repeated_BT(batch)
+        repeat_sum += float(sums.per_token_BT.cpu().double().numpy()[is_repeat_BT].sum())
+        num_repeats += int(is_repeat_BT.sum())
         if token_bytes is not None:
             labels = batch.labels_BT.cpu().numpy()
             sizes = np.where(labels == IGNORE_INDEX, 0, token_bytes[np.maximum(labels, 0)])
@@ -60,7 +65,28 @@ def validation_figures(
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if num_bytes:
         figures["bits_per_byte"] = byte_loss_sum / math.log(2) / num_bytes
+    if num_repeats:
+        figures |= {"repeat_loss": repeat_sum / num_repeats, "repeat_share": num_repeats / num_tokens}
     return figures
+
+
+def repeated_BT(batch: RowBatch) -> NDArray[np.bool_]:
+    """Supervised tokens that the same token came before earlier in their document, in the same row.
+
+    A model that looks back has them for nothing; how well it does tells whether it has learned to (an induction head, Olsson
+    et al. 2022, arXiv:2209.11895).
+    """
+    tokens_BT, labels_BT, starts_BT = (
+        tensor.cpu().numpy() for tensor in (batch.tokens_BT, batch.labels_BT, batch.segments.starts_BT)
+    )
+    num_rows, row_length = tokens_BT.shape
+    num_ids = 1 + int(max(tokens_BT.max(), labels_BT.max()))
+    documents_BT = np.arange(num_rows)[:, None] * row_length + starts_BT
+    pairs_BT = (documents_BT * num_ids + tokens_BT) * num_ids + labels_BT
+    _, first = np.unique(pairs_BT, return_index=True)
+    is_repeat = np.ones(pairs_BT.size, dtype=np.bool_)
+    is_repeat[first] = False
+    return np.asarray(is_repeat.reshape(pairs_BT.shape) & (labels_BT != IGNORE_INDEX))
 
 
 def look_at_all(model: CausalLM, sources: Mapping[str, RowSource], **options: Any) -> dict[str, dict[str, float]]:
