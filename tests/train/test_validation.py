@@ -11,7 +11,7 @@ from groundup.adapters.config import AdapterConfig
 from groundup.adapters.lora import MARK, inject_lora
 from groundup.data.rows import RowBatch, read_batch
 from groundup.model.segments import Segments
-from groundup.train.validation import repeated_BT, validation_figures, weighted_loss
+from groundup.train.validation import repeats_BT, validation_figures, weighted_loss
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 3, 64])
@@ -58,7 +58,7 @@ def test_no_bytes_no_bits_and_no_labels_no_figures(make_model, make_rows):
     rows = make_rows()
     sizes = {"max_rows": 2, "micro_batch_rows": 2, "device": "cpu", "token_bytes": None}
     figures = set(validation_figures(make_model(), rows, **sizes))
-    assert figures - {"repeat_loss", "repeat_share"} == {"loss", "perplexity"}
+    assert figures - {"repeat_loss", "first_loss", "repeat_share"} == {"loss", "perplexity"}
     whole = rows.row
     rows.row = lambda index: (whole(index)[0], np.full(16, -100), whole(index)[2])
     assert validation_figures(make_model(), rows, **sizes) == {}
@@ -76,7 +76,8 @@ def test_a_repeat_is_a_pair_that_stood_before_in_its_document_and_row():
         [[0, 0, 0, 0, 0, 0, 0], [0, 0, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0]],
     )
     wanted = [[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 1]]
-    assert repeated_BT(batch).astype(int).tolist() == wanted
+    firsts = [[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0]]
+    assert [one.astype(int).tolist() for one in repeats_BT(batch)] == [firsts, wanted]
 
 
 def test_the_loss_of_repeats_is_theirs_alone(make_model):
@@ -95,10 +96,11 @@ def test_the_loss_of_repeats_is_theirs_alone(make_model):
     with torch.no_grad():
         logits_BTV = model.logits(batch.tokens_BT, batch.segments)
     losses_BT = F.cross_entropy(logits_BTV.mT, batch.labels_BT, reduction="none").numpy()
-    is_repeat_BT = repeated_BT(batch)
+    is_first_BT, is_repeat_BT = repeats_BT(batch)
     assert 0 < is_repeat_BT.mean() < 1
     assert figures["repeat_share"] == pytest.approx(is_repeat_BT.mean())
     assert figures["repeat_loss"] == pytest.approx(losses_BT[is_repeat_BT].mean(), rel=1e-5)
+    assert figures["first_loss"] == pytest.approx(losses_BT[is_first_BT].mean(), rel=1e-5)
     assert figures["repeat_loss"] != pytest.approx(figures["loss"], rel=1e-3)
 
 

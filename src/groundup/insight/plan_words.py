@@ -215,9 +215,11 @@ def _rates(plan: StagePlan) -> Iterator[str]:
     last = plan.lr_at(total - 1)
     names = ["lr"] + (["muon_lr"] if config.optimizer == "muon" else [])
     peaks = ", ".join(f"{name} {getattr(resolved, name):.3g}" for name in names)
+    is_decaying = config.optimizer == "muon" and resolved.muon_weight_decay > 0
+    decay = f", Muon's decay {resolved.muon_weight_decay:.3g}" if is_decaying else ""
     yield from _said(
         "rate",
-        f"{peaks} at the peak; {counted(resolved.warmup_steps, 'step')} of warmup, then {config.schedule} to "
+        f"{peaks} at the peak{decay}; {counted(resolved.warmup_steps, 'step')} of warmup, then {config.schedule} to "
         f"{100 * last:.3g} % of it",
     )
     steps = [min(total - 1, column * total // CURVE_WIDTH) for column in range(CURVE_WIDTH)]

@@ -15,10 +15,11 @@ from groundup.stages.recipe import Recipe
 from groundup.stages.run import TEXT_STAGES, run_stages, stages_of
 from groundup.stages.work import Work
 
-LOOKS_BACK = 0.65
-"""Loss of tokens that stood in the row behind the same token before, as a part of the loss of all, below which a run has
-learned to look them up: before, it is 0.74 to 0.93 in runs of minutes, then it falls to 0.31 to 0.45 (docs/scale.md)."""
-ONCE_LEARNED = 0.4
+LOOKS_BACK = 0.75
+"""Loss of a pair's second token where the pair comes again in its row, as a part of the loss where it comes first, below
+which a run has learned to look it up: before, it is 0.84 to 0.97 in runs of minutes, then it falls to 0.36 to 0.66
+(docs/scale.md)."""
+ONCE_LEARNED = 0.5
 """Where it then lies."""
 TEXT_FOLDERS = ("corpus", "tokenizer", "tokens")
 
@@ -35,7 +36,9 @@ class Outcome:
     bytes_a_token: float
     """Of the held-out text."""
     repeat_loss: float | None = None
-    """At the end, nats a token of those that could be looked up in their row; None where none could."""
+    """At the end, nats a token of those whose pair stood in their row before; None where there are none."""
+    first_loss: float = 0.0
+    """Of the same pairs where they stand for the first time."""
     repeat_share: float = 0.0
     """Of all tokens."""
 
@@ -47,14 +50,14 @@ class Outcome:
     @property
     def looks_back(self) -> bool:
         """Whether it has learned to look up what followed the same token before; so, too, where nothing is to look up."""
-        return self.repeat_loss is None or self.repeat_loss < LOOKS_BACK * self.loss
+        return self.repeat_loss is None or self.repeat_loss < LOOKS_BACK * self.first_loss
 
     @property
     def to_gain(self) -> float:
         """Share of the loss that looking back would take off."""
         if self.repeat_loss is None or self.looks_back:
             return 0.0
-        return self.repeat_share * max(0.0, self.repeat_loss / self.loss - ONCE_LEARNED)
+        return self.repeat_share * (self.repeat_loss - ONCE_LEARNED * self.first_loss) / self.loss
 
 
 def full_run(work: Work) -> FullRun:
@@ -85,7 +88,8 @@ def outcome_of(run: Path, full: FullRun) -> Outcome:
     parameters = stage.figure("num_active_parameters") or stage.figure("num_parameters")
     assert parameters is not None and looks[-1][0] == 1.0
     bytes_a_token = losses.values[-1] / math.log(2) / bits.values[-1]
-    repeats, shares = (weighted_looks(stage, figure, weights) for figure in ("repeat_loss", "repeat_share"))
+    names = ("repeat_loss", "first_loss", "repeat_share")
+    repeats, firsts, shares = (weighted_looks(stage, figure, weights) for figure in names)
     return Outcome(
         parameters,
         float(stage.summary["tokens"]),
@@ -93,6 +97,7 @@ def outcome_of(run: Path, full: FullRun) -> Outcome:
         looks,
         bytes_a_token,
         repeats.values[-1] if len(repeats) else None,
+        firsts.values[-1] if len(firsts) else 0.0,
         shares.values[-1] if len(shares) else 0.0,
     )
 

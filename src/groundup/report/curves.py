@@ -126,7 +126,7 @@ def stage_charts(stage: StageRecord) -> list[Chart]:
         ),
         Chart("Perplexity", "perplexity", (Line("train", train_perplexity, 0), *perplexities), has_log_axis=True),
         Chart("Bits per byte", "bits per byte", tuple(_validation_lines(stage, "bits_per_byte"))),
-        Chart("Looking back", "nats per token that repeats a pair", tuple(_validation_lines(stage, "repeat_loss"))),
+        Chart("Looking back", "nats per token", tuple(_looking_back(stage))),
         Chart("Learning rate", "learning rate", _told_apart(stage.lr)),
         Chart("Gradient norm", "L2 norm", _raw_and_smoothed("each step", stage.grad_norm, 0), True, marks, words),
         Chart(
@@ -175,6 +175,17 @@ def _validation_lines(stage: StageRecord, figure: str) -> list[Line]:
     return [
         Line("validation" if len(sets) == 1 or name == "validation" else f"validation {name}", points, number)
         for number, (name, points) in enumerate(sets.items(), start=1)
+    ]
+
+
+def _looking_back(stage: StageRecord) -> list[Line]:
+    """Loss of pairs that come again in their row, beside the same pairs' where they come first."""
+    both = (("pairs, first time", "first_loss"), ("pairs, again", "repeat_loss"))
+    sets = max(len(stage.validation.get(figure, {})) for _, figure in both)
+    return [
+        Line(words if sets == 1 else f"{words}, {name}", points, number)
+        for number, (words, figure) in enumerate(both)
+        for name, points in stage.validation.get(figure, {}).items()
     ]
 
 

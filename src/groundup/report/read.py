@@ -14,7 +14,7 @@ from groundup.base.files import read_json
 from groundup.report.forecast import Foretold, read_foretold
 
 TRAINING_STAGES = ("pretrain", "sft", "lora")
-LOOKED_AT = ("loss", "perplexity", "bits_per_byte", "repeat_loss", "repeat_share")
+LOOKED_AT = ("loss", "perplexity", "bits_per_byte", "first_loss", "repeat_loss", "repeat_share")
 """Figures of a look at held-out rows."""
 
 

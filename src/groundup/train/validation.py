@@ -26,7 +26,8 @@ def validation_figures(
     losses: Callable[[RowBatch], LossSums] | None = None,
 ) -> dict[str, float]:
     """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known;
-    repeat_loss and repeat_share of the tokens that could be looked up in their row (`repeated_BT`), where there are any.
+    repeat_loss and repeat_share of the tokens that could be looked up in their row (`repeats_BT`), and first_loss of the same
+    pairs where they stand for the first time, where there are any.
 
     `losses` computes a batch where the model does not stand whole on one rank. `poll`, called before each
     micro-batch, raises to stop. Bits per byte count only tokens that stand for bytes: an end-of-text is none.
@@ -35,7 +36,8 @@ def validation_figures(
     model.eval()
     num_rows = min(max_rows, source.rows_per_epoch)
     loss_sum = byte_loss_sum = 0.0
-    repeat_sum, num_repeats = 0.0, 0
+    repeat_sum = first_sum = 0.0
+    num_repeats = num_firsts = 0
     num_tokens = num_bytes = 0
     for begin in range(0, num_rows, micro_batch_rows):
         try:
@@ -50,13 +52,16 @@ def validation_figures(
             sums = losses(batch)
         loss_sum += float(sums.nll_sum)
         num_tokens += sums.num_tokens
-        is_repeat_BT = repeated_BT(batch)
-        repeat_sum += float(sums.per_token_BT.cpu().double().numpy()[is_repeat_BT].sum())
+        is_first_BT, is_repeat_BT = repeats_BT(batch)
+        nats_BT = sums.per_token_BT.cpu().double().numpy()
+        first_sum += float(nats_BT[is_first_BT].sum())
+        repeat_sum += float(nats_BT[is_repeat_BT].sum())
+        num_firsts += int(is_first_BT.sum())
         num_repeats += int(is_repeat_BT.sum())
         if token_bytes is not None:
             labels = batch.labels_BT.cpu().numpy()
             sizes = np.where(labels == IGNORE_INDEX, 0, token_bytes[np.maximum(labels, 0)])
-            byte_loss_sum += float(sums.per_token_BT.cpu().double().numpy()[sizes > 0].sum())
+            byte_loss_sum += float(nats_BT[sizes > 0].sum())
             num_bytes += int(sizes.sum())
     model.train(was_training)
     if num_tokens == 0:
@@ -66,15 +71,16 @@ def validation_figures(
     if num_bytes:
         figures["bits_per_byte"] = byte_loss_sum / math.log(2) / num_bytes
     if num_repeats:
-        figures |= {"repeat_loss": repeat_sum / num_repeats, "repeat_share": num_repeats / num_tokens}
+        figures |= {"repeat_loss": repeat_sum / num_repeats, "first_loss": first_sum / num_firsts}
+        figures["repeat_share"] = num_repeats / num_tokens
     return figures
 
 
-def repeated_BT(batch: RowBatch) -> NDArray[np.bool_]:
-    """Supervised tokens that the same token came before earlier in their document, in the same row.
+def repeats_BT(batch: RowBatch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(first, again): supervised tokens whose pair with the token before stands several times in their document and row.
 
-    A model that looks back has them for nothing; how well it does tells whether it has learned to (an induction head, Olsson
-    et al. 2022, arXiv:2209.11895).
+    A model that looks back has it for nothing when it comes again. The gap between both tells whether it has learned to,
+    whatever such pairs are like (an induction head, Olsson et al. 2022, arXiv:2209.11895).
     """
     tokens_BT, labels_BT, starts_BT = (
         tensor.cpu().numpy() for tensor in (batch.tokens_BT, batch.labels_BT, batch.segments.starts_BT)
@@ -82,11 +88,14 @@ def repeated_BT(batch: RowBatch) -> NDArray[np.bool_]:
     num_rows, row_length = tokens_BT.shape
     num_ids = 1 + int(max(tokens_BT.max(), labels_BT.max()))
     documents_BT = np.arange(num_rows)[:, None] * row_length + starts_BT
-    pairs_BT = (documents_BT * num_ids + tokens_BT) * num_ids + labels_BT
-    _, first = np.unique(pairs_BT, return_index=True)
-    is_repeat = np.ones(pairs_BT.size, dtype=np.bool_)
-    is_repeat[first] = False
-    return np.asarray(is_repeat.reshape(pairs_BT.shape) & (labels_BT != IGNORE_INDEX))
+    pairs = ((documents_BT * num_ids + tokens_BT) * num_ids + labels_BT).ravel()
+    _, places, counts = np.unique(pairs, return_index=True, return_counts=True)
+    is_first, is_again = np.zeros(pairs.size, dtype=np.bool_), np.ones(pairs.size, dtype=np.bool_)
+    is_first[places[counts > 1]] = True
+    is_again[places] = False
+    is_supervised_BT = labels_BT != IGNORE_INDEX
+    first_BT, again_BT = (one.reshape(tokens_BT.shape) & is_supervised_BT for one in (is_first, is_again))
+    return first_BT, again_BT
 
 
 def look_at_all(model: CausalLM, sources: Mapping[str, RowSource], **options: Any) -> dict[str, dict[str, float]]:
