@@ -17,7 +17,7 @@ from groundup.stages.work import Work
 
 LOOKS_BACK = 0.75
 """Loss of a pair's second token where the pair comes again in its row, as a part of the loss where it comes first, below
-which a run has learned to look it up: before, it is 0.84 to 0.97 in runs of minutes, then it falls to 0.36 to 0.66
+which a run has learned to look it up: before, it is 0.84 to 0.98 in runs of minutes, then it falls to 0.36 to 0.66
 (docs/scale.md)."""
 ONCE_LEARNED = 0.5
 """Where it then lies."""
@@ -38,7 +38,7 @@ class Outcome:
     repeat_loss: float | None = None
     """At the end, nats a token of those whose pair stood in their row before; None where there are none."""
     first_loss: float = 0.0
-    """Of the same pairs where they stand for the first time."""
+    """Of the same pairs where they stand for the first time, each as often as it comes again."""
     repeat_share: float = 0.0
     """Of all tokens."""
 

@@ -26,8 +26,8 @@ def validation_figures(
     losses: Callable[[RowBatch], LossSums] | None = None,
 ) -> dict[str, float]:
     """loss (nats a token) and perplexity over the first rows; bits_per_byte where the bytes of each id are known;
-    repeat_loss and repeat_share of the tokens that could be looked up in their row (`repeats_BT`), and first_loss of the same
-    pairs where they stand for the first time, where there are any.
+    repeat_loss and repeat_share of the tokens that could be looked up in their row (`repeats_BT`), and first_loss, what the same
+    pairs cost where they stand for the first time, as often as they come again; where there are any.
 
     `losses` computes a batch where the model does not stand whole on one rank. `poll`, called before each
     micro-batch, raises to stop. Bits per byte count only tokens that stand for bytes: an end-of-text is none.
@@ -37,7 +37,7 @@ def validation_figures(
     num_rows = min(max_rows, source.rows_per_epoch)
     loss_sum = byte_loss_sum = 0.0
     repeat_sum = first_sum = 0.0
-    num_repeats = num_firsts = 0
+    num_repeats = 0
     num_tokens = num_bytes = 0
     for begin in range(0, num_rows, micro_batch_rows):
         try:
@@ -52,11 +52,10 @@ def validation_figures(
             sums = losses(batch)
         loss_sum += float(sums.nll_sum)
         num_tokens += sums.num_tokens
-        is_first_BT, is_repeat_BT = repeats_BT(batch)
+        to_come_BT, is_repeat_BT = repeats_BT(batch)
         nats_BT = sums.per_token_BT.cpu().double().numpy()
-        first_sum += float(nats_BT[is_first_BT].sum())
+        first_sum += float((nats_BT * to_come_BT).sum())
         repeat_sum += float(nats_BT[is_repeat_BT].sum())
-        num_firsts += int(is_first_BT.sum())
         num_repeats += int(is_repeat_BT.sum())
         if token_bytes is not None:
             labels = batch.labels_BT.cpu().numpy()
@@ -71,13 +70,14 @@ def validation_figures(
     if num_bytes:
         figures["bits_per_byte"] = byte_loss_sum / math.log(2) / num_bytes
     if num_repeats:
-        figures |= {"repeat_loss": repeat_sum / num_repeats, "first_loss": first_sum / num_firsts}
+        figures |= {"repeat_loss": repeat_sum / num_repeats, "first_loss": first_sum / num_repeats}
         figures["repeat_share"] = num_repeats / num_tokens
     return figures
 
 
-def repeats_BT(batch: RowBatch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(first, again): supervised tokens whose pair with the token before stands several times in their document and row.
+def repeats_BT(batch: RowBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(to come, again), of supervised tokens by the pair with the token before them, in their document and row: where a pair
+    stands first, how often it comes again; and whether it has stood before.
 
     A model that looks back has it for nothing when it comes again. The gap between both tells whether it has learned to,
     whatever such pairs are like (an induction head, Olsson et al. 2022, arXiv:2209.11895).
@@ -90,12 +90,11 @@ def repeats_BT(batch: RowBatch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     documents_BT = np.arange(num_rows)[:, None] * row_length + starts_BT
     pairs = ((documents_BT * num_ids + tokens_BT) * num_ids + labels_BT).ravel()
     _, places, counts = np.unique(pairs, return_index=True, return_counts=True)
-    is_first, is_again = np.zeros(pairs.size, dtype=np.bool_), np.ones(pairs.size, dtype=np.bool_)
-    is_first[places[counts > 1]] = True
+    to_come, is_again = np.zeros(pairs.size, dtype=np.int64), np.ones(pairs.size, dtype=np.bool_)
+    to_come[places] = counts - 1
     is_again[places] = False
     is_supervised_BT = labels_BT != IGNORE_INDEX
-    first_BT, again_BT = (one.reshape(tokens_BT.shape) & is_supervised_BT for one in (is_first, is_again))
-    return first_BT, again_BT
+    return to_come.reshape(tokens_BT.shape) * is_supervised_BT, is_again.reshape(tokens_BT.shape) & is_supervised_BT
 
 
 def look_at_all(model: CausalLM, sources: Mapping[str, RowSource], **options: Any) -> dict[str, dict[str, float]]:
