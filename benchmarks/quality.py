@@ -18,13 +18,7 @@ import torch
 
 from benchmarks.lr_law import held_out_loss, prepared
 
-DEFAULTS: dict[str, Any] = {
-    "lr": "auto",
-    "muon_lr": "auto",
-    "muon_weight_decay": "auto",
-    "batch_size_tokens": 2048,
-    "device": "cpu",
-}
+DEFAULTS: dict[str, Any] = {"lr": "auto", "muon_lr": "auto", "batch_size_tokens": 2048, "device": "cpu"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "optimizer: adamw": {"optimizer": "adamw"},

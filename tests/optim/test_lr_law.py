@@ -37,6 +37,7 @@ def test_a_decay_at_auto_takes_the_same_share_of_a_run_of_any_length():
     assert found.muon_weight_decay == pytest.approx(4 / (0.02 * 1000)) == muon_weight_decay(0.02, 1000)
     longer = settled(OptimConfig(muon_lr=0.02, muon_weight_decay="auto"), **RUN | {"num_steps": 4000})
     assert longer.muon_weight_decay == pytest.approx(found.muon_weight_decay / 4)
+    assert 0.02 * muon_weight_decay(0.02, 1) == pytest.approx(0.1), "no step turns a matrix over"
     given = settled(OptimConfig(muon_lr=0.02, muon_weight_decay=0.3), **RUN)
     assert given.muon_weight_decay == 0.3
 

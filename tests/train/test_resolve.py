@@ -401,8 +401,10 @@ def test_a_decay_is_settled_once_by_the_run_s_length(tmp_path, make_config):
     first = resolved_in(tmp_path, auto, **sizes)
     assert first.muon_weight_decay == pytest.approx(4 / (0.02 * 100))
     assert first.settle(auto).muon_weight_decay == first.muon_weight_decay
+    other_law = sizes | {"matrix_parameters": 9}
+    assert resolved_in(tmp_path, auto, **other_law).muon_weight_decay == first.muon_weight_decay
     longer = make_config(muon_lr=0.02, muon_weight_decay="auto", duration="200 steps")
-    assert resolved_in(tmp_path, longer, **sizes).muon_weight_decay == first.muon_weight_decay, "what began goes on"
+    assert resolved_in(tmp_path, longer, **sizes).muon_weight_decay == pytest.approx(first.muon_weight_decay / 2)
     hotter = make_config(muon_lr=0.04, muon_weight_decay="auto", duration="200 steps")
     assert resolved_in(tmp_path, hotter, **sizes).muon_weight_decay == pytest.approx(4 / (0.04 * 200))
 

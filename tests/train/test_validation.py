@@ -80,6 +80,15 @@ def test_a_repeat_is_a_pair_that_stood_before_in_its_document_and_row():
     assert [one.astype(int).tolist() for one in repeats_BT(batch)] == [to_come, wanted]
 
 
+def test_what_is_not_supervised_is_no_pair():
+    tokens, labels = (
+        [[150, 151, 150, 0]],
+        [[52, -100, 52, 151]],
+    )  # of 152 ids, 151 then -100 is as one number 150 then 52
+    batch = batch_of(tokens, labels, [[0] * 4])
+    assert [one.astype(int).tolist() for one in repeats_BT(batch)] == [[[1, 0, 0, 0]], [[0, 0, 1, 0]]]
+
+
 def test_the_loss_of_repeats_is_theirs_alone(make_model):
     model, generator = make_model(), torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 3, (4, 17), generator=generator).tolist()

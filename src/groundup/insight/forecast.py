@@ -54,7 +54,7 @@ def forecast(
     How far a run stands above its end, log(loss at a share / loss at the end), is fitted at each share by a plane over
     log parameters and log tokens. The band holds three things: the law's draws, the runs' scatter around the law, and
     around that plane. Where no run of the ladder has learned to look back, the full run may, all at once, and no law of
-    them tells of it: the band is open downwards by what that takes off, from nothing at the start on.
+    them tells of it: the band is open downwards by what that takes off, in proportion to the share of the run.
     """
     first = max(one.looks[0][0] for one in outcomes)
     shares = tuple(share for share in SHARES if share >= first)
@@ -70,7 +70,8 @@ def forecast(
         logs.append(end + mean)
         deviations.append(math.sqrt(spread + variance))
     bounds = [DEVIATIONS * deviation for deviation in deviations]
-    to_gain = 0.0 if any(one.looks_back for one in outcomes) else min(one.to_gain for one in outcomes)
+    known = [one for one in outcomes if one.repeat_loss is not None]
+    to_gain = 0.0 if any(one.looks_back for one in known) else min((one.to_gain for one in known), default=0.0)
     gained = [1 - share * to_gain for share in shares]
     return Forecast(
         shares,

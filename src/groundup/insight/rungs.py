@@ -49,8 +49,8 @@ class Outcome:
 
     @property
     def looks_back(self) -> bool:
-        """Whether it has learned to look up what followed the same token before; so, too, where nothing is to look up."""
-        return self.repeat_loss is None or self.repeat_loss < LOOKS_BACK * self.first_loss
+        """Whether it has learned to look up what followed the same token before."""
+        return self.repeat_loss is not None and self.repeat_loss < LOOKS_BACK * self.first_loss
 
     @property
     def to_gain(self) -> float:

@@ -185,15 +185,16 @@ def scale_lines(ladder: Ladder, curve: Forecast, flops: float) -> Iterator[str]:
 
 def _looking_back(outcomes: Sequence[Outcome], curve: Forecast) -> Iterator[str]:
     """What a law cannot tell of: whether the full run learns to look up what stands in its row already."""
-    able = sum(one.looks_back for one in outcomes)
+    known = [one for one in outcomes if one.repeat_loss is not None]
+    able = sum(one.looks_back for one in known)
     if curve.to_gain:
         yield (
             f"       none of the runs has learned to look up what followed the same token before in its row: if the full run does, it "
-            f"ends up to {100 * curve.to_gain:.0f} % lower than told"
+            f"ends about {100 * curve.to_gain:.0f} % lower than told"
         )
-    elif able < len(outcomes):
+    elif able < len(known):
         yield (
-            f"       {able} of {len(outcomes)} runs have learned to look up what followed the same token before in their row: "
+            f"       {able} of {len(known)} runs have learned to look up what followed the same token before in their row: "
             "the law goes through both kinds, and is worth less than its interval says"
         )
 

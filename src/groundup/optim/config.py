@@ -62,7 +62,7 @@ class OptimConfig(Config):
     """Whether norms and biases decay too."""
     muon_weight_decay: NonNegativeFloat | Literal["auto"] = 0.0
     """Decay of Muon's matrices: a step shrinks them by muon_lr × muon_weight_decay. auto, for a new model, takes
-    4 / (muon_lr × steps of the run)."""
+    4 / (muon_lr × steps of the run), of 40 at least."""
     muon_momentum: Share = 0.95
     """Share of the running mean of gradients that Muon keeps at each step."""
     sgd_momentum: Share = 0.9

@@ -10,6 +10,8 @@ MUON_SHARE = 1 / 3
 """AdamW's rate beside Muon, as a share of Muon's: so the sweep that found the constant had it."""
 MUON_DECAY = 4.0
 """Peak rate × decay × steps."""
+FEWEST_STEPS = 40
+"""Of a run for which the decay goes by its length."""
 
 
 def adamw_lr(num_parameters: int, batch_size_tokens: int) -> float:
@@ -32,12 +34,13 @@ def muon_lr(num_parameters: int, batch_size_tokens: int) -> float:
 
 
 def muon_weight_decay(muon_lr: float, num_steps: int) -> float:
-    """Decay of Muon's matrices: 4 / (peak rate × steps), so that a run of any length forgets the same share of its way.
+    """Decay of Muon's matrices: 4 / (peak rate × steps), so that a run of any length forgets the same share of its way; a run
+    of fewer than 40 steps takes that of 40, which is a tenth of the matrices at a step.
 
     The product of rate, decay and steps as the one figure to choose: Wang & Aitchison, arXiv:2405.13698. Without decay the
     matrices grow with every step of one size, and the later steps turn them ever less.
     """
-    return MUON_DECAY / (muon_lr * num_steps)
+    return MUON_DECAY / (muon_lr * max(num_steps, FEWEST_STEPS))
 
 
 def settled(config: OptimConfig, *, num_parameters: int, batch_size_tokens: int, num_steps: int) -> OptimConfig:

@@ -182,11 +182,12 @@ def _looking_back(stage: StageRecord) -> list[Line]:
     """Loss of pairs that come again in their row, beside the same pairs' where they come first."""
     both = (("pairs, first time", "first_loss"), ("pairs, again", "repeat_loss"))
     sets = max(len(stage.validation.get(figure, {})) for _, figure in both)
-    return [
-        Line(words if sets == 1 else f"{words}, {name}", points, number)
-        for number, (words, figure) in enumerate(both)
+    found = [
+        (words if sets == 1 else f"{words}, {name}", points)
+        for words, figure in both
         for name, points in stage.validation.get(figure, {}).items()
     ]
+    return [Line(words, points, number) for number, (words, points) in enumerate(found)]
 
 
 def _foretold_lines(stage: StageRecord) -> list[Line]:

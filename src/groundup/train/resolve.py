@@ -57,11 +57,11 @@ PINNED = {
     "warmup_steps": ("warmup", "batch_size_tokens"),
     "lr": ("lr", "muon_lr", "optimizer", "batch_size_tokens"),
     "muon_lr": ("muon_lr", "batch_size_tokens"),
-    "muon_weight_decay": ("muon_weight_decay", "muon_lr", "batch_size_tokens"),
+    "muon_weight_decay": ("muon_weight_decay", "muon_lr", "batch_size_tokens", "duration"),
     "adamw_8bit_maker": ("adamw_8bit_maker", "optimizer"),
 }
 """What decides the bits, with the settings it comes from: a resumed run keeps it until one of these is changed. A longer
-duration leaves a warmup in % as it was."""
+duration leaves a warmup in % as it was, and lowers a decay at `auto`, which is by the whole run."""
 SETTLED = ("lr", "muon_lr", "muon_weight_decay", "adamw_8bit_maker")
 """Settings of the optimizer among them."""
 SHARED = ("micro_batch_rows", "num_threads", "num_lanes", "shrunk_from")

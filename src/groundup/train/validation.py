@@ -86,14 +86,15 @@ def repeats_BT(batch: RowBatch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         tensor.cpu().numpy() for tensor in (batch.tokens_BT, batch.labels_BT, batch.segments.starts_BT)
     )
     num_rows, row_length = tokens_BT.shape
-    num_ids = 1 + int(max(tokens_BT.max(), labels_BT.max()))
+    is_supervised_BT = labels_BT != IGNORE_INDEX
+    no_label = 1 + int(max(tokens_BT.max(), labels_BT.max()))
+    wanted_BT = np.where(is_supervised_BT, labels_BT, no_label)
     documents_BT = np.arange(num_rows)[:, None] * row_length + starts_BT
-    pairs = ((documents_BT * num_ids + tokens_BT) * num_ids + labels_BT).ravel()
+    pairs = ((documents_BT * (no_label + 1) + tokens_BT) * (no_label + 1) + wanted_BT).ravel()
     _, places, counts = np.unique(pairs, return_index=True, return_counts=True)
     to_come, is_again = np.zeros(pairs.size, dtype=np.int64), np.ones(pairs.size, dtype=np.bool_)
     to_come[places] = counts - 1
     is_again[places] = False
-    is_supervised_BT = labels_BT != IGNORE_INDEX
     return to_come.reshape(tokens_BT.shape) * is_supervised_BT, is_again.reshape(tokens_BT.shape) & is_supervised_BT
 
 
