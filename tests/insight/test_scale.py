@@ -65,6 +65,8 @@ def test_a_band_is_open_to_what_no_run_of_the_ladder_has_learned():
     assert unable.low[-1] == pytest.approx(0.92 * plain.low[-1]) and unable.low[0] > 0.98 * plain.low[0]
     mixed = told_of([*looking_back(OUTCOMES[:1], 0.4), *looking_back(OUTCOMES[1:], 0.9)])
     assert mixed.to_gain == 0 and mixed.low == plain.low
+    older = told_of([*OUTCOMES[:1], *looking_back(OUTCOMES[1:], 0.9)])
+    assert older == unable, "a run without the figure says nothing of it"
 
 
 @pytest.mark.parametrize(("part", "says"), [(0.9, "none of the runs has learned"), (0.4, None), (None, None)])
@@ -150,7 +152,9 @@ def test_a_real_ladder_is_run_once_and_foretells_the_run(tmp_path, monkeypatch):
     assert all(manifests) and len({json.dumps(one.config, sort_keys=True) for one in manifests}) == len(folders)
     text = (tmp_path / "text.txt").read_text()
     bytes_a_token = len(text) / len(TextTokenizer(runs / "r" / "tokenizer").encode(text))
-    floor = json.loads((runs / "r" / "scale" / "law.json").read_text())["law"]["E"]
+    law = json.loads((runs / "r" / "scale" / "law.json").read_text())
+    assert all(one["repeat_loss"] > 0 and one["first_loss"] > 0 and 0 < one["repeat_share"] < 1 for one in law["runs"])
+    floor = law["law"]["E"]
     assert floor == pytest.approx(FLOOR_NATS_A_BYTE * bytes_a_token, rel=0.1)
     before = signatures(runs / "r" / "scale")
     again = groundup(*command)

@@ -112,6 +112,22 @@ def test_all_charts_of_a_stage_span_its_steps():
     assert ">1.2k<" in draw(chart(late, num_steps=2000))
 
 
+def test_looking_back_is_drawn_beside_the_first_time(finished_run):
+    stage = read_run(finished_run).stages[0]
+    first, again = Points((10, 20), (3.0, 2.9)), Points((10, 20), (2.8, 1.2))
+
+    def drawn(names):
+        looks = {"first_loss": dict.fromkeys(names, first), "repeat_loss": dict.fromkeys(names, again)}
+        charts = {one.title: one for one in stage_charts(replace(stage, validation=looks))}
+        return charts["Looking back"].lines
+
+    alone = drawn(["text"])
+    assert [(line.label, line.points) for line in alone] == [("pairs, first time", first), ("pairs, again", again)]
+    both = drawn(["books", "code"])
+    assert [line.label for line in both[2:]] == ["pairs, again, books", "pairs, again, code"]
+    assert len({line.colour for line in both}) == 4
+
+
 def test_sources_and_experts_have_charts_of_their_own(finished_run):
     stage = read_run(finished_run).stages[0]
     points = Points((1, 2, 3), (3.0, 2.5, 2.0))

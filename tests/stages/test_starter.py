@@ -107,6 +107,7 @@ def test_the_recipe_says_what_was_planned(machine, tmp_path, capsys, chats):
     plan = plan_for(text.stat().st_size, 60, Log(quiet=True))
     assert recipe.pretrain.duration == f"{plan.tokens} tokens"
     assert (recipe.pretrain.lr, recipe.pretrain.batch_size_tokens) == ("auto", plan.batch_tokens)
+    assert (recipe.pretrain.muon_lr, recipe.pretrain.muon_weight_decay) == ("auto", "auto")
     assert recipe.model.model_copy(update={"vocab_size": plan.vocabulary}) == shape_of(
         plan.hidden, plan.layers, plan.vocabulary
     )

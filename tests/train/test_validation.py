@@ -81,11 +81,8 @@ def test_a_repeat_is_a_pair_that_stood_before_in_its_document_and_row():
 
 
 def test_what_is_not_supervised_is_no_pair():
-    tokens, labels = (
-        [[150, 151, 150, 0]],
-        [[52, -100, 52, 151]],
-    )  # of 152 ids, 151 then -100 is as one number 150 then 52
-    batch = batch_of(tokens, labels, [[0] * 4])
+    # of 152 ids, 151 then -100 would be the same number as 150 then 52
+    batch = batch_of([[150, 151, 150, 0]], [[52, -100, 52, 151]], [[0] * 4])
     assert [one.astype(int).tolist() for one in repeats_BT(batch)] == [[[1, 0, 0, 0]], [[0, 0, 1, 0]]]
 
 

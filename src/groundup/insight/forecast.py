@@ -70,8 +70,7 @@ def forecast(
         logs.append(end + mean)
         deviations.append(math.sqrt(spread + variance))
     bounds = [DEVIATIONS * deviation for deviation in deviations]
-    known = [one for one in outcomes if one.repeat_loss is not None]
-    to_gain = 0.0 if any(one.looks_back for one in known) else min((one.to_gain for one in known), default=0.0)
+    to_gain = min((one.to_gain for one in outcomes if one.repeat_loss is not None), default=0.0)
     gained = [1 - share * to_gain for share in shares]
     return Forecast(
         shares,

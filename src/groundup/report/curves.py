@@ -181,9 +181,9 @@ def _validation_lines(stage: StageRecord, figure: str) -> list[Line]:
 def _looking_back(stage: StageRecord) -> list[Line]:
     """Loss of pairs that come again in their row, beside the same pairs' where they come first."""
     both = (("pairs, first time", "first_loss"), ("pairs, again", "repeat_loss"))
-    sets = max(len(stage.validation.get(figure, {})) for _, figure in both)
+    has_one_set = len(stage.validation.get("first_loss", {})) == 1
     found = [
-        (words if sets == 1 else f"{words}, {name}", points)
+        (words if has_one_set else f"{words}, {name}", points)
         for words, figure in both
         for name, points in stage.validation.get(figure, {}).items()
     ]
