@@ -103,6 +103,16 @@ def test_a_tokenizer_that_would_be_made_anew_is_not_counted_with(tmp_path, no_pr
     assert "estimated" in other.amounts.origin and other.shape.vocab_size == 400
 
 
+def test_a_decay_of_muon_is_said_where_there_is_one(tmp_path, no_probe):
+    path = write_way(tmp_path)
+    assert "Muon's decay" not in said_of(plan_of(path))
+    rates = [("pretrain.muon_lr", "0.02"), ("pretrain.muon_weight_decay", "auto")]
+    found = plan_of(path, overrides=rates)
+    assert found.resolved.muon_weight_decay == pytest.approx(4 / (0.02 * 40)), "of six steps, that of 40"
+    assert "at the peak, Muon's decay 5;" in said_of(found)
+    assert "Muon's decay" not in said_of(plan_of(path, overrides=[*rates, ("pretrain.optimizer", "adamw")]))
+
+
 def test_time_energy_and_price_come_from_the_probe(tmp_path, no_probe):
     path = write_way(tmp_path)
     plan = plan_of(path)

@@ -80,9 +80,10 @@ def test_a_repeat_is_a_pair_that_stood_before_in_its_document_and_row():
     assert [one.astype(int).tolist() for one in repeats_BT(batch)] == [to_come, wanted]
 
 
-def test_what_is_not_supervised_is_no_pair():
-    # of 152 ids, 151 then -100 would be the same number as 150 then 52
-    batch = batch_of([[150, 151, 150, 0]], [[52, -100, 52, 151]], [[0] * 4])
+@pytest.mark.parametrize("label", [52, 53])
+def test_what_is_not_supervised_is_no_pair(label):
+    # counted by 152 or 153, 151 then -100 would be the same number as 150 then 52 or 53
+    batch = batch_of([[150, 151, 150, 0]], [[label, -100, label, 151]], [[0] * 4])
     assert [one.astype(int).tolist() for one in repeats_BT(batch)] == [[[1, 0, 0, 0]], [[0, 0, 1, 0]]]
 
 
