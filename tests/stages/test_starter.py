@@ -94,6 +94,7 @@ def test_every_shape_is_one_that_others_load(hidden, layers):
     shape = shape_of(hidden, layers, 4096)
     assert isinstance(shape, ModelConfig) and shape.num_attention_heads % shape.num_key_value_heads == 0
     assert shape.hidden_size % shape.num_attention_heads == 0 and shape.intermediate_size % 64 == 0
+    assert (shape.model_type, shape.previous_token_heads) == ("qwen2", 2)
 
 
 @pytest.mark.parametrize("chats", [None, "embedded:docstrings"])

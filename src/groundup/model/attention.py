@@ -22,7 +22,7 @@ class Attention(nn.Module):
         self.maker: AttentionMaker = "sdpa"
         self.gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         """Makes the keys and values (B, G, T, K) of whole rows from those of the queries; None: they are whole."""
-        has_bias = config.model_type == "qwen2" or config.attention_bias
+        has_bias = config.has_attention_biases
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=has_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)

@@ -47,7 +47,12 @@ class ModelConfig(Config):
     tie_word_embeddings: bool = True
     """Whether the head's weights are the embedding's."""
     initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 × layers)."""
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 × layers); values and outputs of
+    `previous_token_heads` have their own."""
+    previous_token_heads: PositiveInt | None = None
+    """Query heads of the first layer, at most all, that begin with their eyes on a place: the first on the token before, the second
+    on the token itself, others on those 2, 3, … before, by their first biases. A model learns to look up what its row
+    holds already from them (induction heads, Olsson et al., arXiv:2209.11895), sooner than it would find them."""
     num_experts: PositiveInt | None = None
     """Experts of a layer, of which a token is given to num_experts_per_tok (Shazeer et al., arXiv:1701.06538)."""
     num_experts_per_tok: PositiveInt | None = None
@@ -110,6 +115,14 @@ class ModelConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _heads_can_look_back(self) -> Self:
+        if self.previous_token_heads and (self.has_qk_norm or not self.has_attention_biases):
+            raise ValueError(
+                "previous_token_heads need biases on q and k, and no norm over them: model_type qwen2, or llama with attention_bias"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads=} must be a multiple of {self.num_key_value_heads=}")
@@ -155,6 +168,16 @@ class ModelConfig(Config):
     def has_qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
         return self.model_type in ("qwen3", "qwen3_moe", "dots1")
+
+    @property
+    def has_attention_biases(self) -> bool:
+        """Whether q, k and v have biases."""
+        return self.model_type == "qwen2" or self.attention_bias
+
+    @property
+    def num_aimed_heads(self) -> int:
+        """Query heads of the first layer that begin with their eyes on a place."""
+        return min(self.previous_token_heads or 0, self.num_attention_heads)
 
     @property
     def has_router_bias(self) -> bool:

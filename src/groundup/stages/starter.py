@@ -40,6 +40,8 @@ EXPANSION = 3.0
 TOKENS_A_PARAMETER = 0.6
 """Fewest tokens that a model is trained on for each of its parameters: below that a smaller model gets further in the same
 time (docs/log.md)."""
+LOOKING_BACK = 2
+"""Heads of the first layer that begin with their eyes on a place: one on the token before, one on the token itself."""
 MOST_EPOCHS = 8
 """Passes over the text beyond which a run is shorter than its time instead."""
 STEPS = 600
@@ -153,12 +155,14 @@ def shape_of(hidden: int, layers: int, vocabulary: int) -> ModelConfig:
     """A shape of the ladder: heads of 64, or two in a narrow model; a third of them for keys where that goes."""
     heads = max(2, hidden // 64)
     return ModelConfig(
+        model_type="qwen2",
         hidden_size=hidden,
         intermediate_size=-(-hidden * 8 // 3 // 64) * 64,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=next(count for count in (heads // 2, heads) if count and heads % count == 0),
         vocab_size=vocabulary,
+        previous_token_heads=LOOKING_BACK,
     )
 
 
@@ -219,6 +223,7 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
         yield f"  max_piece_bytes: {piece}  # a short text in enough pieces that some can be held out"
     yield from ("tokenizer:", f"  vocab_size: {plan.vocabulary}")
     yield "model:"
+    yield f"  model_type: {shape.model_type}"
     for field in (
         "hidden_size",
         "intermediate_size",
@@ -227,6 +232,7 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
         "num_key_value_heads",
     ):
         yield f"  {field}: {getattr(shape, field)}"
+    yield f"  previous_token_heads: {shape.previous_token_heads}  # of the first layer: they begin by looking at the token before, and at the token itself"
     yield "pretrain:"
     yield f"  duration: {plan.tokens} tokens  # {steps:,} steps"
     yield f"  row_length: {plan.row_length}"

@@ -54,7 +54,7 @@ def block_shapes(shape: ModelConfig, layer: int) -> dict[str, Shape]:
     outputs = {"q_proj": sizes.queries, "k_proj": sizes.keys, "v_proj": sizes.keys}
     for name, size in outputs.items():
         shapes[f"self_attn.{name}.weight"] = (size, hidden)
-        if shape.model_type == "qwen2" or shape.attention_bias:
+        if shape.has_attention_biases:
             shapes[f"self_attn.{name}.bias"] = (size,)
     shapes["self_attn.o_proj.weight"] = (hidden, sizes.queries)
     if shape.attention_bias:
