@@ -94,7 +94,14 @@ def test_every_shape_is_one_that_others_load(hidden, layers):
     shape = shape_of(hidden, layers, 4096)
     assert isinstance(shape, ModelConfig) and shape.num_attention_heads % shape.num_key_value_heads == 0
     assert shape.hidden_size % shape.num_attention_heads == 0 and shape.intermediate_size % 64 == 0
-    assert (shape.model_type, shape.previous_token_heads) == ("qwen2", 2)
+    aimed = ("qwen2", 2) if hidden <= 256 else ("qwen3", None)
+    assert (shape.model_type, shape.previous_token_heads) == aimed
+
+
+def test_a_wide_shape_is_written_as_it_was():
+    plan = starter.Plan(512, 8, 4096, 512, 4096, 4096_000, 1, 1.0, 1 << 30, 1 << 28)
+    text = starter.recipe_of("wide", "a.txt", None, plan, starter.Path("wide.yaml"))
+    assert "model_type: qwen3" in text and "previous_token_heads" not in text
 
 
 @pytest.mark.parametrize("chats", [None, "embedded:docstrings"])

@@ -40,8 +40,9 @@ EXPANSION = 3.0
 TOKENS_A_PARAMETER = 0.6
 """Fewest tokens that a model is trained on for each of its parameters: below that a smaller model gets further in the same
 time (docs/log.md)."""
-LOOKING_BACK = 2
-"""Heads of the first layer that begin with their eyes on a place: one on the token before, one on the token itself."""
+LOOKING_BACK, WIDEST_AIMED = 2, 256
+"""Heads of the first layer that begin with their eyes on a place, one on the token before, one on the token itself; and the
+largest width for which it is measured what they gain (docs/techniques.md)."""
 MOST_EPOCHS = 8
 """Passes over the text beyond which a run is shorter than its time instead."""
 STEPS = 600
@@ -154,15 +155,16 @@ def plan_for(num_bytes: int, seconds: float, log: Log) -> Plan:
 def shape_of(hidden: int, layers: int, vocabulary: int) -> ModelConfig:
     """A shape of the ladder: heads of 64, or two in a narrow model; a third of them for keys where that goes."""
     heads = max(2, hidden // 64)
+    is_aimed = hidden <= WIDEST_AIMED
     return ModelConfig(
-        model_type="qwen2",
+        model_type="qwen2" if is_aimed else "qwen3",
         hidden_size=hidden,
         intermediate_size=-(-hidden * 8 // 3 // 64) * 64,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=next(count for count in (heads // 2, heads) if count and heads % count == 0),
         vocab_size=vocabulary,
-        previous_token_heads=LOOKING_BACK,
+        previous_token_heads=LOOKING_BACK if is_aimed else None,
     )
 
 
@@ -232,7 +234,8 @@ def _lines(name: str, data: str, chats: str | None, plan: Plan, shape: ModelConf
         "num_key_value_heads",
     ):
         yield f"  {field}: {getattr(shape, field)}"
-    yield f"  previous_token_heads: {shape.previous_token_heads}  # of the first layer: they begin by looking at the token before, and at the token itself"
+    if shape.previous_token_heads:
+        yield f"  previous_token_heads: {shape.previous_token_heads}  # of the first layer: they begin by looking at the token before, and at the token itself"
     yield "pretrain:"
     yield f"  duration: {plan.tokens} tokens  # {steps:,} steps"
     yield f"  row_length: {plan.row_length}"
