@@ -25,7 +25,7 @@ from benchmarks.results import add_row, this_machine  # noqa: E402
 from benchmarks.sides import train_ours, train_theirs  # noqa: E402
 from groundup.data.packing import PackedDocuments  # noqa: E402
 from groundup.model.causal_lm import CausalLM  # noqa: E402
-from groundup.stages.starter import LOOKING_BACK, WIDEST_AIMED  # noqa: E402
+from groundup.stages.starter import aimed  # noqa: E402
 from groundup.stages.work import Work  # noqa: E402
 from groundup.train.config import TrainConfig  # noqa: E402
 from groundup.train.validation import validation_figures  # noqa: E402
@@ -42,9 +42,7 @@ def ours(wanted: argparse.Namespace) -> Figures:
     """What `groundup init` writes: Muon and AdamW at `lr: auto` with linear decay, packed rows with walls; up to 256 wide its
     heads that begin with their eyes on a place, in place of the norms over q and k (0.04 % more parameters)."""
     work = material.prepared(wanted.source, wanted.vocab)
-    shape = material.shape_of(wanted.shape, wanted.vocab)
-    if shape.hidden_size <= WIDEST_AIMED:
-        shape = shape.model_copy(update={"model_type": "qwen2", "previous_token_heads": LOOKING_BACK})
+    shape = aimed(material.shape_of(wanted.shape, wanted.vocab))
     source = PackedDocuments(material.store_of(work, "train"), row_length=ROW_LENGTH, seed=wanted.seed)
 
     def train(num_steps: int) -> tuple[CausalLM, list[float]]:

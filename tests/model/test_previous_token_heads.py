@@ -4,6 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from groundup.base.artifact import StageKey, differences
+from groundup.base.config import numerics
 from groundup.insight.shrinking import shrunk
 from groundup.model.causal_lm import CausalLM
 from groundup.model.config import ModelConfig
@@ -120,7 +122,7 @@ def test_heads_that_could_not_look_back_are_refused(changes, word):
 
 
 def test_smaller_copies_of_a_shape_are_of_the_same_kind():
-    """A ladder's, a rehearsal's and a probe's: of three such heads they have those that they have heads for."""
+    """A ladder's, a rehearsal's and a probe's: of six such heads they have as many as they have heads."""
     shape = ModelConfig.model_validate(
         SHAPE | {"hidden_size": 128, "num_attention_heads": 8, "previous_token_heads": 6}
     )
@@ -131,8 +133,8 @@ def test_smaller_copies_of_a_shape_are_of_the_same_kind():
         assert model.model.layers[0].self_attn.q_proj.bias.detach().view(-1, model.config.head_size).any(dim=-1).all()
 
 
-def test_recipes_without_them_are_what_they_were():
-    """A run of before the setting goes on: what is not set counts as not there."""
-    shape = {name: value for name, value in SHAPE.items() if name != "previous_token_heads"}
-    now = ModelConfig.model_validate(shape).model_dump(mode="json")
-    assert now["previous_token_heads"] is None
+def test_a_run_of_before_the_setting_goes_on():
+    now = numerics(ModelConfig.model_validate(SHAPE | {"previous_token_heads": None}))
+    before = {name: value for name, value in now.items() if name != "previous_token_heads"}
+    old, new = (StageKey("pretrain", 1, {"model": shape}, {}) for shape in (before, now))
+    assert before != now and differences(old, new) == {}

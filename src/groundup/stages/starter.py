@@ -40,9 +40,9 @@ EXPANSION = 3.0
 TOKENS_A_PARAMETER = 0.6
 """Fewest tokens that a model is trained on for each of its parameters: below that a smaller model gets further in the same
 time (docs/log.md)."""
-LOOKING_BACK, WIDEST_AIMED = 2, 256
+AIMED_HEADS, WIDEST_AIMED = 2, 256
 """Heads of the first layer that begin with their eyes on a place, one on the token before, one on the token itself; and the
-largest width for which it is measured what they gain (docs/techniques.md)."""
+largest width at which they are measured to cost nothing (docs/techniques.md)."""
 MOST_EPOCHS = 8
 """Passes over the text beyond which a run is shorter than its time instead."""
 STEPS = 600
@@ -155,17 +155,22 @@ def plan_for(num_bytes: int, seconds: float, log: Log) -> Plan:
 def shape_of(hidden: int, layers: int, vocabulary: int) -> ModelConfig:
     """A shape of the ladder: heads of 64, or two in a narrow model; a third of them for keys where that goes."""
     heads = max(2, hidden // 64)
-    is_aimed = hidden <= WIDEST_AIMED
-    return ModelConfig(
-        model_type="qwen2" if is_aimed else "qwen3",
+    shape = ModelConfig(
         hidden_size=hidden,
         intermediate_size=-(-hidden * 8 // 3 // 64) * 64,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=next(count for count in (heads // 2, heads) if count and heads % count == 0),
         vocab_size=vocabulary,
-        previous_token_heads=LOOKING_BACK if is_aimed else None,
     )
+    return aimed(shape)
+
+
+def aimed(shape: ModelConfig) -> ModelConfig:
+    """The shape with heads that begin with their eyes on a place, where that gains: biases on q and k in place of their norms."""
+    if shape.hidden_size > WIDEST_AIMED:
+        return shape
+    return shape.model_copy(update={"model_type": "qwen2", "previous_token_heads": AIMED_HEADS})
 
 
 def _planned(shape: ModelConfig, row_length: int, num_bytes: int, seconds: float) -> Plan:
